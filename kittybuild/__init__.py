@@ -1,0 +1,3 @@
+"""kittybuild: reproducible builds of merged checkpoints."""
+
+__version__ = "0.1.0"

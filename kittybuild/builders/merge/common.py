@@ -1,0 +1,35 @@
+"""What several merge methods share: parameters, and steps on float32 scalars and blocks."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kittybuild.builders.base import Job
+from kittybuild.model.method import Param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHT = Param("weight", float, "input", "how much of this model", required=True)
+INT8_MASK = Param("int8_mask", bool, "shared", "only saves memory in mergekit", default=False, accepted=True)
+RESCALE = Param("rescale", bool, "shared", "has no effect without a random sparsifier", default=False, accepted=True)
+
+
+def as_float32(value: float) -> float:
+    """`value` rounded to float32, as a Python float; too large becomes infinite."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def rounding(job: Job) -> Callable[[float], float]:
+    """How a scalar is rounded to the working dtype of `job`."""
+    return float if job.double else as_float32
+
+
+def divide(tensor: Tensor, divisor: float) -> Tensor:
+    """`tensor` / `divisor` in place; one IEEE division an element (by 1 it is the identity)."""
+    return tensor if divisor == 1.0 else tensor.div_(divisor)

@@ -1,0 +1,141 @@
+"""Sums of differences from a base: task arithmetic, and TIES with trimming and sign election."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kittybuild.builders.base import Block, Builder, Combine, Job
+from kittybuild.builders.merge.common import INT8_MASK, RESCALE, WEIGHT, rounding
+from kittybuild.builders.selection import kept, largest
+from kittybuild.model.method import Method, Param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NOTHING = 1e-8
+
+
+def _task_arithmetic(job: Job) -> Combine:
+    """base + λ · Σ w_i (x_i - base), the sum divided by Σ w_i with `normalize` (Ilharco et al. 2022, mergekit 0.1.5).
+
+    Inputs: base, then the models in order. A divisor below 1e-8 counts as 1.
+    """
+    round_to = rounding(job)
+    weights = [round_to(weight) for weight in job.params["weight"]]
+    total = 0.0
+    for weight in weights:
+        total = round_to(total + weight)
+    total = 1.0 if abs(total) < NOTHING else total
+
+    def combine(block: Block) -> Tensor:
+        base, *models = block.inputs
+        mixed = None
+        for weight, model in zip(weights, models, strict=True):
+            part = model.sub_(base).mul_(weight)
+            mixed = part if mixed is None else mixed.add_(part)
+        if mixed is None:
+            return base
+        if job.params["normalize"] and total != 1.0:
+            mixed = mixed.div_(total)
+        return base.add_(_scaled(mixed, round_to(job.params["lambda"])))
+
+    return combine
+
+
+def _scaled(mixed: Tensor, factor: float) -> Tensor:
+    return mixed if factor == 1.0 else mixed.mul_(factor)
+
+
+def _ties(job: Job) -> Combine:
+    """base + λ · the mean of those trimmed, weighted differences whose sign the sum of all has (Yadav et al. 2023).
+
+    Trimming keeps the int(density · n) largest magnitudes of each difference, at least one where density > 0; among
+    equals the lowest index is kept. A sum of zero elects plus; zeros agree with nobody; with `normalize` the divisor
+    is the sum of the weights that agree, 0 counting as 1 (mergekit 0.1.5, save the order of equals).
+    """
+    round_to = rounding(job)
+    weights = [round_to(weight) for weight in job.params["weight"]]
+    counts = [kept(job.output.numel, density) for density in job.params["density"]]
+    thresholds = largest(lambda: _magnitudes(job), job.output.numel, counts)
+
+    def combine(block: Block) -> Tensor:
+        base, *models = block.inputs
+        if not models:
+            return base
+        deltas = []
+        for weight, threshold, model in zip(weights, thresholds, models, strict=True):
+            deltas.append(threshold.trim(model.sub_(base), block.start).mul_(weight))
+        mixed = _agreed(deltas, weights, normalize=job.params["normalize"])
+        return base.add_(_scaled(mixed, round_to(job.params["lambda"])))
+
+    return combine
+
+
+def _magnitudes(job: Job) -> Iterator[tuple[int, list[Tensor]]]:
+    for block in job.scan():
+        base, *models = block.inputs
+        yield block.start, [model.sub_(base).abs_() for model in models]
+
+
+def _agreed(deltas: list[Tensor], weights: list[float], *, normalize: bool) -> Tensor:
+    """The sum of the deltas that have the elected sign, divided by the sum of their weights with `normalize`."""
+    elected = deltas[0].clone()
+    for delta in deltas[1:]:
+        elected.add_(delta)
+    plus = elected >= 0
+    mixed = divisor = None
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = ((delta > 0) & plus) | ((delta < 0) & ~plus)
+        part = delta.mul_(agrees)
+        mixed = part if mixed is None else mixed.add_(part)
+        share = agrees.to(delta.dtype).mul_(weight)
+        divisor = share if divisor is None else divisor.add_(share)
+    assert mixed is not None and divisor is not None  # there is a delta
+    return mixed.div_(divisor.masked_fill_(divisor == 0, 1.0)) if normalize else mixed
+
+
+def _shared(normalize: bool) -> tuple[Param, ...]:
+    return (
+        Param("normalize", bool, "shared", "divide by the sum of the weights", default=normalize),
+        Param("lambda", float, "shared", "multiply the mixed difference by this", default=1.0),
+        INT8_MASK,
+        RESCALE,
+    )
+
+
+TASK_ARITHMETIC = Builder(
+    "task_arithmetic",
+    1,
+    _task_arithmetic,
+    scratch=1,
+    method=Method(
+        name="task_arithmetic",
+        title="Task Arithmetic",
+        paper="https://arxiv.org/abs/2212.04089",
+        base="required",
+        params=(
+            WEIGHT,
+            Param("density", float, "input", "has no effect here", default=1.0, accepted=True),
+            *_shared(False),
+        ),
+    ),
+)
+TIES = Builder(
+    "ties",
+    1,
+    _ties,
+    scratch=5,
+    measured=True,
+    method=Method(
+        name="ties",
+        title="TIES",
+        paper="https://arxiv.org/abs/2306.01708",
+        base="required",
+        params=(
+            WEIGHT,
+            Param("density", float, "input", "the share of each difference that is kept", default=1.0, low=0.0),
+            *_shared(True),
+        ),
+    ),
+)

@@ -1,0 +1,80 @@
+"""A source as its headers describe it: which tensors, in which bytes of which files. No weights are read here.
+
+Every path in a Checkpoint lies inside the source's own folder, and every byte range inside its file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kittybuild.digest import Digest, tagged
+from kittybuild.tensors import TensorSpec
+
+RAW = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class FileId:
+    """A file as `stat` tells it: when one of these changes, what we knew of its content is void."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> FileId:
+        """The identity of the file that `path` leads to; raises OSError."""
+        stat = os.stat(path)
+        return cls(os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    def key(self) -> Digest:
+        """The name under which facts about this file are remembered."""
+        return tagged("kittybuild.file.v1", [self.path, self.size, self.mtime_ns, self.ctime_ns, self.inode])
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a source: `spec` is what it means, the rest is where and how its bytes lie.
+
+    `offset` and `nbytes` are the stored bytes in `file`. `encoding` is RAW (the stored bytes are the tensor's own) or
+    `gguf:TYPE` (decoded on read). `heads` > 0: the rows are stored in GGUF's interleaved order of that many heads.
+    """
+
+    name: str
+    spec: TensorSpec
+    file: str
+    offset: int
+    nbytes: int
+    encoding: str = RAW
+    heads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A file that travels with the weights. `derived`: not a file of its own but made from the weights file `path`."""
+
+    name: str
+    path: str
+    derived: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that can be known of a source without reading weights."""
+
+    where: str
+    kind: str
+    entries: Mapping[str, Entry]
+    files: tuple[FileId, ...]
+    companions: tuple[Companion, ...] = ()
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def fingerprint(self) -> Digest:
+        """The identity of all files of the source, as far as `stat` can tell."""
+        return tagged("kittybuild.source.v1", [self.kind, [file.key().hex for file in self.files]])

@@ -1,0 +1,111 @@
+"""What a merge method asks for: its parameters, its base, how many models it takes. The maths is in builders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One parameter. `scope`: one value per model, or one shared by all. `default` None with `required` False: absent.
+
+    `accepted` marks words of the peers that have no effect here: they are taken with a note.
+    """
+
+    name: str
+    kind: type
+    scope: Literal["input", "shared"]
+    doc: str
+    default: Scalar | None = None
+    required: bool = False
+    low: float | None = None
+    high: float | None = None
+    accepted: bool = False
+
+    def parse(self, value: Scalar) -> Scalar:
+        """`value` as this parameter's type and within its range; raises ValueError with what is wanted."""
+        parsed = _KINDS[self.kind](value)
+        if isinstance(parsed, float) and parsed != parsed:
+            raise ValueError("must be a number")
+        if not isinstance(parsed, str) and (
+            (self.low is not None and parsed < self.low) or (self.high is not None and parsed > self.high)
+        ):
+            raise ValueError(f"must lie in {self.range_text()}")
+        return parsed
+
+    def range_text(self) -> str:
+        """The range for a person."""
+        low = "-inf" if self.low is None else f"{self.low:g}"
+        high = "inf" if self.high is None else f"{self.high:g}"
+        return f"{low} .. {high}"
+
+
+def _as_float(value: Scalar) -> float:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("must be a number") from None
+    return float(value)
+
+
+def _as_int(value: Scalar) -> int:
+    number = _as_float(value)
+    if number != int(number):
+        raise ValueError("must be a whole number")
+    return int(number)
+
+
+_TRUE = frozenset({"true", "yes", "on", "1", "t", "y"})
+_FALSE = frozenset({"false", "no", "off", "0", "f", "n"})
+
+
+def _as_bool(value: Scalar) -> bool:
+    text = str(value).lower().removesuffix(".0")
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError("must be true or false")
+
+
+_KINDS: Mapping[type, Callable[[Scalar], Scalar]] = MappingProxyType({float: _as_float, int: _as_int, bool: _as_bool})
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A merge method as a recipe sees it.
+
+    `base`: "required" (it works on differences from the base, which is no ordinary input) or "ordinary" (a base model
+    is one input among the others). `least` and `most` count all inputs, the base among them.
+    """
+
+    name: str
+    title: str
+    paper: str
+    params: tuple[Param, ...]
+    base: Literal["required", "ordinary"]
+    least: int = 1
+    most: int | None = None
+
+    def param(self, name: str) -> Param | None:
+        """The parameter of that name."""
+        return next((param for param in self.params if param.name == name), None)
+
+    def counts_text(self) -> str:
+        """How many models it takes, for a person."""
+        if self.most is None:
+            return f"at least {self.least} models" if self.least != 1 else "at least one model"
+        if self.least == self.most:
+            return f"exactly {self.least} models" if self.least != 1 else "exactly one model"
+        return f"{self.least} to {self.most} models"
+
+
+def find(methods: Sequence[Method], name: str) -> Method | None:
+    """The method of that name."""
+    return next((method for method in methods if method.name == name), None)

@@ -1,0 +1,190 @@
+"""A recipe as a value: sources, stages in the order of the text, outputs. Every place in the text is kept beside it.
+
+Positions (`at`) are for messages only: they take no part in equality and never in a key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kittybuild.model.method import Scalar
+from kittybuild.tensors import DType
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A place in a recipe's text, counted from one."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+NOWHERE = At("<recipe>", 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A value for the tensors whose name contains `filter` (None or `*`: for all)."""
+
+    value: Scalar | tuple[Scalar, ...]
+    filter: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A parameter as the recipe gives it: filtered values, of which the first that matches counts."""
+
+    values: tuple[Filtered, ...]
+    at: At = field(default=NOWHERE, compare=False)
+
+
+Parameters = Mapping[str, Given]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model by name, path or `org/name@revision`, with an adapter on it or none."""
+
+    model: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    at: At = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return "+".join(part for part in (self.base_text, self.adapter_text) if part)
+
+    @property
+    def base_text(self) -> str:
+        """The reference without its adapter."""
+        return self.model + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def adapter_text(self) -> str | None:
+        """The adapter's own reference."""
+        return self.adapter and self.adapter + (f"@{self.adapter_revision}" if self.adapter_revision else "")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDecl:
+    """A source: a folder or file (`path`), or a file inside an installed Python package (`package`, `path`)."""
+
+    path: str
+    package: str | None = None
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A model in a merge: all its layers, or the half-open range `layers`, with its own parameters."""
+
+    model: ModelRef
+    layers: tuple[int, int] | None = None
+    parameters: Parameters = field(default_factory=dict)
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some layers of the output, merged from as many layers of each source."""
+
+    sources: tuple[ModelUse, ...]
+    base: ModelRef | None = None
+    parameters: Parameters = field(default_factory=dict)
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class MergeStage:
+    """A merge, as a mergekit configuration says it: `models` (whole) or `slices` (layer ranges)."""
+
+    name: str
+    method: str
+    models: tuple[ModelUse, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base: ModelRef | None = None
+    parameters: Parameters = field(default_factory=dict)
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    keep: bool = True
+    at: At = field(default=NOWHERE, compare=False)
+    kind: Literal["merge"] = "merge"
+
+    def references(self) -> tuple[ModelRef, ...]:
+        """Every model it names, in the order of the text, each once."""
+        uses = self.models or tuple(use for part in self.slices for use in part.sources)
+        bases = (self.base, *(part.base for part in self.slices))
+        return tuple(dict.fromkeys([use.model for use in uses] + [base for base in bases if base]))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """An adapter and the weight of its difference."""
+
+    adapter: ModelRef
+    weight: float = 1.0
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class ApplyLoraStage:
+    """Adapters added to a base: base + sum of weight * scale * B A."""
+
+    name: str
+    base: ModelRef
+    adapters: tuple[AdapterUse, ...]
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    keep: bool = True
+    at: At = field(default=NOWHERE, compare=False)
+    kind: Literal["apply_lora"] = "apply_lora"
+
+    def references(self) -> tuple[ModelRef, ...]:
+        """Its base. Adapters are sources of their own kind and never stages."""
+        return (self.base,)
+
+
+Stage = MergeStage | ApplyLoraStage
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A stage that becomes a folder; `shard_size` in bytes."""
+
+    stage: str
+    folder: str
+    shard_size: int
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole recipe. `text` is what was read, word for word; `dialect` says in whose words."""
+
+    name: str
+    sources: Mapping[str, SourceDecl]
+    stages: Mapping[str, Stage]
+    outputs: Mapping[str, Output]
+    text: str
+    file: str
+    dialect: Literal["kittybuild", "mergekit"] = "kittybuild"
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def to_json(value: Any) -> Any:
+    """A recipe value as plain data, without positions: what two equal recipes have in common."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    return value.value if isinstance(value, DType) else value

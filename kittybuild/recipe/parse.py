@@ -1,0 +1,209 @@
+"""From text to Recipe: our own format and bare mergekit YAML. All problems of a text are reported at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kittybuild.errors import KittybuildError, RecipeError, nearest, raise_all
+from kittybuild.model.method import Method
+from kittybuild.model.recipe import (
+    AdapterUse,
+    ApplyLoraStage,
+    At,
+    Output,
+    Recipe,
+    SourceDecl,
+    Stage,
+)
+from kittybuild.recipe.merge import Problems, Scope, merge_stage
+from kittybuild.recipe.reference import parse_reference
+from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, MergeText, OutputText, RecipeText, SourceText, check
+from kittybuild.recipe.yamltext import Document, Path, read_documents
+from kittybuild.tensors import DType
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `500MB`, `4GiB`, `1B` (a count of bytes) or a number; raises ValueError."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 500MB or 4GB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+
+
+def parse_recipe(text: str, file: str, methods: Sequence[Method]) -> Recipe:
+    """The recipe that `text` says; `file` is its name in messages. Raises RecipeError, or Problems with all of them."""
+    documents = read_documents(text, file)
+    if not documents:
+        raise RecipeError("KB103", "the recipe is empty", at=file, hint="start with `kittybuild: 1` or `merge_method:`")
+    for document in documents:
+        if not isinstance(document.value, dict):
+            raise RecipeError("KB103", "a recipe is a mapping of keys", at=str(document.at(())))
+    own = any("kittybuild" in document.value for document in documents)
+    if own and len(documents) > 1:
+        raise RecipeError("KB103", "a recipe of ours is one YAML document", at=str(documents[1].at(())))
+    problems: Problems = []
+    recipe = _own(documents[0], text, methods, problems) if own else _mergekit(documents, text, methods, problems)
+    if recipe:
+        _check_references(recipe, problems)
+    raise_all(problems)
+    assert recipe is not None  # without problems there is one
+    return recipe
+
+
+def _own(document: Document, text: str, methods: Sequence[Method], problems: Problems) -> Recipe | None:
+    form = check(RecipeText, document.value, document, problems)
+    if form is None:  # the stages are looked at all the same, so that their problems come along
+        stages = document.value.get("stages")
+        for name, stage in stages.items() if isinstance(stages, dict) else ():
+            if isinstance(stage, dict):
+                _stage(name, stage, document, methods, problems, {})
+        return None
+    defaults = {"dtype": form.defaults.dtype, "out_dtype": form.defaults.out_dtype}
+    _dtypes(defaults, document, ("defaults",), problems)
+    sources = {name: _source(name, source, document, problems) for name, source in form.sources.items()}
+    stages = {name: _stage(name, stage, document, methods, problems, defaults) for name, stage in form.stages.items()}
+    outputs = {name: _output(name, output, form, document, problems) for name, output in form.outputs.items()}
+    for name in sorted(set(sources) & set(stages)):
+        at = str(document.key_at(("stages", name)))
+        problems.append(RecipeError("KB110", f"{name!r} is a source and a stage", at=at, hint="rename one of them"))
+    return Recipe(
+        name=form.name or _stem(document.file),
+        sources={name: source for name, source in sources.items() if source},
+        stages={name: stage for name, stage in stages.items() if stage},
+        outputs={name: output for name, output in outputs.items() if output},
+        text=text,
+        file=document.file,
+        seed=form.defaults.seed,
+    )
+
+
+def _mergekit(documents: Sequence[Document], text: str, methods: Sequence[Method], problems: Problems) -> Recipe:
+    stages: dict[str, Stage] = {}
+    notes: list[str] = []
+    for document in documents:
+        name = document.value.get("name")
+        name = name if isinstance(name, str) else "merge"
+        if name in stages:
+            at = str(document.key_at(("name",)))
+            hint = "give each document a `name`; at most one goes without"
+            problems.append(RecipeError("KB110", f"two documents are called {name!r}", at=at, hint=hint))
+        elif stage := _stage(name, document.value, document, methods, problems, {}, path=(), notes=notes):
+            stages[name] = stage
+    file = documents[0].file
+    return Recipe(_stem(file), {}, stages, {}, text, file, dialect="mergekit", notes=tuple(notes))
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(os.path.basename(file))[0]
+
+
+def _source(name: str, form: SourceText, document: Document, problems: Problems) -> SourceDecl | None:
+    at = document.at(("sources", name))
+    if form.hub is not None:
+        hint = "download it first and give its folder as `path:`"
+        problems.append(RecipeError("KB109", "hub sources are not built yet", at=str(at), hint=hint))
+    elif form.path is not None and form.package is None and form.file is None and form.revision is None:
+        return SourceDecl(form.path, at=at)
+    elif form.package is not None and form.file is not None and form.path is None and form.revision is None:
+        return SourceDecl(form.file, form.package, at)
+    else:
+        hint = "write {path: FOLDER} or {package: NAME, file: FILE}"
+        problems.append(RecipeError("KB103", f"source {name!r} is neither of the two kinds", at=str(at), hint=hint))
+    return None
+
+
+def _output(name: str, form: OutputText, recipe: RecipeText, document: Document, problems: Problems) -> Output | None:
+    at = document.key_at(("outputs", name))
+    if name not in recipe.stages:
+        message = f"the output {name!r} is not a stage"
+        problems.append(RecipeError("KB107", message, at=str(at), hint=nearest(name, recipe.stages)))
+        return None
+    try:
+        size = parse_size(form.shard_size)
+        if size < 1:
+            raise ValueError("a shard holds at least one byte")
+    except ValueError as error:
+        problems.append(RecipeError("KB103", str(error), at=str(document.at(("outputs", name, "shard_size")))))
+        return None
+    return Output(name, form.folder, size, at)
+
+
+def _stage(
+    name: str,
+    value: dict[str, Any],
+    document: Document,
+    methods: Sequence[Method],
+    problems: Problems,
+    defaults: Mapping[str, str | None],
+    path: Path | None = None,
+    notes: list[str] | None = None,
+) -> Stage | None:
+    path = ("stages", name) if path is None else path
+    kind = value.get("kind", "merge")
+    schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        at = str(document.at((*path, "kind")))
+        problems.append(RecipeError("KB103", f"unknown kind of stage {kind!r}", at=at, hint=nearest(str(kind), STAGE_KINDS)))
+        return None
+    form = check(schema, value, document, problems, path)
+    if form is None:
+        return None
+    given = {"dtype": form.dtype or defaults.get("dtype"), "out_dtype": form.out_dtype or defaults.get("out_dtype")}
+    dtypes = _dtypes(given, document, path, problems)
+    at = document.key_at(path) if path else document.at(path)
+    if isinstance(form, MergeText):
+        stage = merge_stage(form, Scope(document, path, tuple(methods), problems, notes))
+        return stage and replace(stage, name=name, at=at, keep=form.keep, **dtypes)
+    return _apply_lora(name, form, document, path, problems, at, dtypes)
+
+
+def _apply_lora(
+    name: str, form: ApplyLoraText, document: Document, path: Path, problems: Problems, at: At, dtypes: Mapping[str, Any]
+) -> ApplyLoraStage | None:
+    base = parse_reference(form.base, document.at((*path, "base")), problems)
+    adapters: list[AdapterUse] = []
+    for index, item in enumerate(form.adapters):
+        here = document.at((*path, "adapters", index))
+        if adapter := parse_reference(item.adapter, here, problems):
+            adapters.append(AdapterUse(adapter, item.weight, here))
+    return base and ApplyLoraStage(name, base, tuple(adapters), keep=form.keep, at=at, **dtypes)
+
+
+def _dtypes(given: Mapping[str, str | None], document: Document, path: Path, problems: Problems) -> dict[str, DType | None]:
+    found: dict[str, DType | None] = {}
+    for key, word in given.items():
+        found[key] = DType.named(word) if word else None
+        if word and (found[key] is None or not found[key].is_float):  # type: ignore[union-attr]
+            hint = nearest(word, [dtype.torch_name for dtype in DType if dtype.is_float])
+            problems.append(RecipeError("KB103", f"{key} cannot be {word!r}", at=str(document.at((*path, key))), hint=hint))
+    return found
+
+
+def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
+    """No stage may need itself. (Whether a path exists is asked when sources are opened.)"""
+    done: set[str] = set()
+
+    def visit(name: str, chain: tuple[str, ...]) -> None:
+        stage = recipe.stages[name]
+        if name in chain:
+            loop = " -> ".join((*chain[chain.index(name) :], name))
+            problems.append(RecipeError("KB112", f"the stages need each other in a circle: {loop}", at=str(stage.at)))
+            done.update(chain)
+        elif name not in done:
+            for ref in stage.references():
+                if ref.model in recipe.stages and ref.model not in recipe.sources:
+                    visit(ref.model, (*chain, name))
+            done.add(name)
+
+    for name in recipe.stages:
+        visit(name, ())
+
