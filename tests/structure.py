@@ -251,6 +251,8 @@ def mutable(value: ast.expr) -> bool:
     if isinstance(value, ast.Call):
         name = ast.unparse(value.func)
         return name in MUTABLE_TYPES or name.rpartition(".")[2] in MUTABLE_TYPES
+    if isinstance(value, ast.BinOp) and isinstance(value.right, (ast.Set, ast.SetComp)):
+        return mutable(value.left)  # frozenset | set is a frozenset
     if isinstance(value, (ast.Tuple, ast.BoolOp, ast.IfExp, ast.BinOp, ast.NamedExpr, ast.Starred)):
         return any(mutable(node) for node in ast.iter_child_nodes(value) if isinstance(node, ast.expr))
     return isinstance(value, DISPLAYS)

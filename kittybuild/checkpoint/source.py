@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kittybuild.digest import Digest, tagged
@@ -73,8 +73,4 @@ class Checkpoint:
     files: tuple[FileId, ...]
     companions: tuple[Companion, ...] = ()
     config: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = field(default=())
-
-    def fingerprint(self) -> Digest:
-        """The identity of all files of the source, as far as `stat` can tell."""
-        return tagged("kittybuild.source.v1", [self.kind, [file.key().hex for file in self.files]])
+    notes: tuple[str, ...] = ()

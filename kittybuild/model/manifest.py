@@ -46,7 +46,6 @@ class Manifest:
     tensors: tuple[ManifestTensor, ...]
     shards: tuple[ManifestShard, ...]
     files: tuple[ManifestFile, ...] = ()
-    nonfinite: tuple[tuple[str, int], ...] = ()
 
     def to_bytes(self) -> bytes:
         """The canonical form, which is also the stored form."""
@@ -55,7 +54,6 @@ class Manifest:
             "tensors": [[t.name, *t.ref.to_json(), t.key.hex if t.key else None] for t in self.tensors],
             "shards": [[s.pack.hex, s.size, list(s.names)] for s in self.shards],
             "files": [[f.name, f.digest.hex, f.size] for f in self.files],
-            "nonfinite": [[name, count] for name, count in self.nonfinite],
         }
         return canonical(form)
 
@@ -73,7 +71,6 @@ class Manifest:
                 ),
                 tuple(ManifestShard(Digest(pack), size, tuple(names)) for pack, size, names in form["shards"]),
                 tuple(ManifestFile(name, Digest(digest), size) for name, digest, size in form["files"]),
-                tuple((name, count) for name, count in form["nonfinite"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error

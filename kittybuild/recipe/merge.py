@@ -51,11 +51,18 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     method = find(scope.methods, form.merge_method)
     if method is None:
         words = [known.name for known in scope.methods]
-        scope.fail("KB104", f"unknown merge_method {form.merge_method!r}", scope.at("merge_method"), nearest(form.merge_method, words))
+        scope.fail(
+            "KB104",
+            f"unknown merge_method {form.merge_method!r}",
+            scope.at("merge_method"),
+            nearest(form.merge_method, words),
+        )
     given = [key for key in ("models", "slices") if getattr(form, key)]
     if len(given) != 1:
         found = "both" if given else "neither"
-        scope.fail("KB108", f"a merge has either 'models' or 'slices', here are {found}", scope.at(), "keep one of them")
+        scope.fail(
+            "KB108", f"a merge has either 'models' or 'slices', here are {found}", scope.at(), "keep one of them"
+        )
     base = parse_reference(form.base_model, scope.at("base_model"), scope.problems) if form.base_model else None
     per_slice = bool(form.slices) and all(part.base_model for part in form.slices or [])
     if method and method.base == "required" and not base and not per_slice:
@@ -78,7 +85,9 @@ def _not_yet(form: MergeText, scope: Scope) -> None:
     }
     for key, used in later.items():
         if used:
-            scope.fail("KB109", f"{key!r} is not built yet", scope.at(key), "the base model's tokenizer is taken as it is")
+            scope.fail(
+                "KB109", f"{key!r} is not built yet", scope.at(key), "the base model's tokenizer is taken as it is"
+            )
 
 
 def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> ModelUse | None:

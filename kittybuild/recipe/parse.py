@@ -152,7 +152,9 @@ def _stage(
     schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
     if schema is None:
         at = str(document.at((*path, "kind")))
-        problems.append(RecipeError("KB103", f"unknown kind of stage {kind!r}", at=at, hint=nearest(str(kind), STAGE_KINDS)))
+        problems.append(
+            RecipeError("KB103", f"unknown kind of stage {kind!r}", at=at, hint=nearest(str(kind), STAGE_KINDS))
+        )
         return None
     form = check(schema, value, document, problems, path)
     if form is None:
@@ -167,7 +169,13 @@ def _stage(
 
 
 def _apply_lora(
-    name: str, form: ApplyLoraText, document: Document, path: Path, problems: Problems, at: At, dtypes: Mapping[str, Any]
+    name: str,
+    form: ApplyLoraText,
+    document: Document,
+    path: Path,
+    problems: Problems,
+    at: At,
+    dtypes: Mapping[str, Any],
 ) -> ApplyLoraStage | None:
     base = parse_reference(form.base, document.at((*path, "base")), problems)
     adapters: list[AdapterUse] = []
@@ -178,13 +186,17 @@ def _apply_lora(
     return base and ApplyLoraStage(name, base, tuple(adapters), keep=form.keep, at=at, **dtypes)
 
 
-def _dtypes(given: Mapping[str, str | None], document: Document, path: Path, problems: Problems) -> dict[str, DType | None]:
+def _dtypes(
+    given: Mapping[str, str | None], document: Document, path: Path, problems: Problems
+) -> dict[str, DType | None]:
     found: dict[str, DType | None] = {}
     for key, word in given.items():
         found[key] = DType.named(word) if word else None
         if word and (found[key] is None or not found[key].is_float):  # type: ignore[union-attr]
             hint = nearest(word, [dtype.torch_name for dtype in DType if dtype.is_float])
-            problems.append(RecipeError("KB103", f"{key} cannot be {word!r}", at=str(document.at((*path, key))), hint=hint))
+            problems.append(
+                RecipeError("KB103", f"{key} cannot be {word!r}", at=str(document.at((*path, key))), hint=hint)
+            )
     return found
 
 
@@ -206,4 +218,3 @@ def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
 
     for name in recipe.stages:
         visit(name, ())
-

@@ -69,7 +69,9 @@ def resolve(param: Param, scopes: Sequence[tuple[Parameters, str]], t: float) ->
             try:
                 return Resolved(param.parse(value), given.at)
             except ValueError as error:
-                raise RecipeError("KB106", f"{param.name} is {value!r} for {tensor}, but {error}", at=str(given.at)) from error
+                raise RecipeError(
+                    "KB106", f"{param.name} is {value!r} for {tensor}, but {error}", at=str(given.at)
+                ) from error
     return None if param.required else Resolved(param.default, None)
 
 

@@ -1,6 +1,6 @@
 """Every operation by which the store and the publisher change files, so that a test can fail, cut or kill at each.
 
-Methods raise plain OSError. What is absent is already deleted; a folder that is made is durable when `makedirs` returns.
+Methods raise plain OSError. To delete what is absent is fine; a folder is durable when `makedirs` returns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import os
 import shutil
 import sys
-import uuid
 from contextlib import suppress
 
 Buffer = bytes | bytearray | memoryview
@@ -153,7 +152,7 @@ class Disk:
     def write_file(self, path: str, data: Buffer, mode: int = _READ_ONLY) -> None:
         """Write a small file whole or not at all, durably; in place of what had the name."""
         folder = os.path.dirname(os.path.abspath(path))
-        temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
+        temporary = os.path.join(folder, f".{os.urandom(16).hex()}.tmp")
         fd = self.create(temporary)
         try:
             try:

@@ -11,6 +11,7 @@ FORMAT = "kittybuild-store 1\n"
 
 PART = ".part"
 JOURNAL = ".journal"
+TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, slots=True)

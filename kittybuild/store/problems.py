@@ -1,7 +1,7 @@
 """How the store says that something went wrong: one place for its codes and texts.
 
-KB701 cannot be opened · KB702 another format · KB703 not deterministic · KB704 disk full · KB705 operation failed ·
-KB706 damaged · KB707 locked · KB708 the index failed · KB710 damaged tensor
+KB701 cannot be opened · KB702 another format · KB703 not deterministic · KB704 disk full
+KB705 operation failed · KB706 damaged file · KB707 locked · KB708 index failed · KB710 damaged tensor
 """
 
 from __future__ import annotations

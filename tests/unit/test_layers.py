@@ -133,6 +133,7 @@ BROKEN: tuple[tuple[Check, str, str], ...] = (
     (state, PLAN, "if True:\n    A = B = {n for n in 'ab'}"),
     (state, PLAN, "PAIRS = (1, [2])"),
     (state, PLAN, "NAMES = ['a'] + OTHERS"),
+    (state, PLAN, "NAMES = {'a'} | {'b'}"),
     (state, PLAN, "IDS = itertools.count()"),
     (state, PLAN, "N = 0\ndef f():\n    global N"),
     (randomness, DARE, "import random\nrandom.seed(1)"),
@@ -177,6 +178,7 @@ SOUND: tuple[tuple[Check, str, str], ...] = (
         "__all__ = ['a']\nA = ('a', 1)\nB = frozenset({1})\nC = MappingProxyType({1: 2})\nD = 'a'.count('b')",
     ),
     (state, PLAN, "A: Final[Mapping[str, int]] = {'a': 1}\nclass B:\n    names = field(list)"),
+    (state, PLAN, "NAMES = frozenset(A) | {'b'}"),
     (state, PLAN, "def f():\n    found = []\n    found += [1]"),
     (
         randomness,

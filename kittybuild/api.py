@@ -1,0 +1,233 @@
+"""The Python API: plan and build a recipe. What the commands do, without printing, exiting or reading the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kittybuild.builders.base import Builders
+from kittybuild.builders.registry import BUILTIN
+from kittybuild.digest import Digest, Json, canonical, tagged
+from kittybuild.errors import RecipeError, UsageError
+from kittybuild.model.derivation import Derivation
+from kittybuild.model.lock import lock_json
+from kittybuild.model.manifest import Manifest, ManifestTensor
+from kittybuild.model.plan import Plan, StagePlan
+from kittybuild.model.recipe import Recipe, SourceDecl
+from kittybuild.planner.known import Known
+from kittybuild.planner.locking import pins
+from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.shortcut import stage_keys
+from kittybuild.planner.views import fingerprints, locate, open_all, source_names
+from kittybuild.recipe.parse import parse_recipe
+from kittybuild.store.store import Store
+
+if TYPE_CHECKING:
+    from kittybuild.executor.events import Events
+    from kittybuild.executor.run import StageResult
+
+MEMORY = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a build did for one stage."""
+
+    tensors: int
+    computed: int
+    cached: int
+    manifest: Digest
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Json]:
+        """As `build --json` prints it."""
+        counts: dict[str, Json] = {
+            "tensors": self.tensors,
+            "computed": self.computed,
+            "cached": self.cached,
+            "fetched": 0,
+        }
+        return {**counts, "manifest": self.manifest.hex, "nonfinite": dict(self.nonfinite)}
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """What a build did for one output folder."""
+
+    folder: str
+    shards_written: int
+    shards_linked: int
+
+    def to_json(self) -> dict[str, Json]:
+        """As `build --json` prints it."""
+        return {"folder": self.folder, "shards_written": self.shards_written, "shards_linked": self.shards_linked}
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did. Bytes are those of tensors; seconds are the wall's."""
+
+    stages: Mapping[str, StageReport]
+    outputs: Mapping[str, OutputReport]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its sources found: all that can be said before a header is read."""
+
+    recipe: Recipe
+    wanted: tuple[str, ...]
+    folders: Mapping[str, str]
+    decls: Mapping[str, SourceDecl]
+    paths: Mapping[str, str]
+    keys: Mapping[str, Digest]
+
+
+def read_recipe(file: str, builders: Builders = BUILTIN) -> Recipe:
+    """The recipe in a file. Raises RecipeError or Problems."""
+    try:
+        with open(file, encoding="utf-8") as text:
+            return parse_recipe(text.read(), file, builders.methods())
+    except OSError as error:
+        raise RecipeError("KB100", f"cannot read the recipe: {error.strerror}", at=file) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError("KB100", "the recipe is not UTF-8 text", at=file, hint="save it as UTF-8") from error
+
+
+def prepare(
+    recipe: Recipe, stages: Sequence[str] = (), folder: str | None = None, builders: Builders = BUILTIN
+) -> Prepared:
+    """Find the sources and name the outputs. `folder` takes the place of the one output's own."""
+    wanted = targets(recipe, stages)
+    here = os.path.dirname(os.path.abspath(recipe.file))
+    folders = {name: os.path.join(here, recipe.outputs[name].folder) for name in wanted if name in recipe.outputs}
+    if folder is not None:
+        if len(wanted) != 1:
+            raise UsageError(
+                "KB002", f"one folder for {len(wanted)} stages", hint=f"name the stage: {', '.join(wanted)}"
+            )
+        folders = {wanted[0]: os.path.abspath(folder)}
+    decls = source_names(recipe)
+    paths = locate(recipe, decls)
+    return Prepared(recipe, wanted, folders, decls, paths, stage_keys(recipe, wanted, fingerprints(paths), builders))
+
+
+def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
+    """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
+    sources = open_all(prepared.paths)
+    known = Known(lower(prepared.recipe, prepared.wanted, sources, builders), sources, store)
+    for name in known.plan.stages:
+        known.look_up(name)
+    return known
+
+
+def build(
+    prepared: Prepared,
+    store: Store,
+    *,
+    memory: int = MEMORY,
+    jobs: int = 1,
+    events: Events | None = None,
+    builders: Builders = BUILTIN,
+) -> BuildReport:
+    """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept."""
+    started = time.monotonic()
+    ready = _shortcut(prepared, store)
+    if ready:
+        manifests, lock = ready
+        stages = {name: StageReport(len(m.tensors), 0, len(m.tensors), m.digest) for name, m in manifests.items()}
+        written = dict.fromkeys(manifests, 0)
+        amounts, notes = (0, 0), prepared.recipe.notes
+    else:
+        manifests, lock, results, amounts, notes = _run(prepared, store, memory, jobs, events, builders)
+        stages = {name: _report(results[name], manifests[name]) for name in manifests}
+        written = {name: result.written for name, result in results.items()}
+    outputs = {}
+    for name, folder in prepared.folders.items():
+        _publish(prepared, name, manifests[name], lock, store, builders)
+        shards = len(manifests[name].shards)
+        outputs[name] = OutputReport(folder, written[name], shards - written[name])
+    return BuildReport(stages, outputs, *amounts, time.monotonic() - started, notes)
+
+
+def _report(result: StageResult, manifest: Manifest) -> StageReport:
+    return StageReport(
+        result.tensors, result.computed, result.tensors - result.computed, manifest.digest, result.nonfinite
+    )
+
+
+def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], bytes] | None:
+    """The manifests of all stages, where an equal build made them and all packs of the wanted ones are there."""
+    manifests = {}
+    for name, key in prepared.keys.items():
+        digest = store.shortcut(key)
+        manifest = store.manifest(digest) if digest else None
+        if manifest is None:
+            return None
+        if name in prepared.wanted:
+            if not all(store.pack(shard.pack) for shard in manifest.shards):
+                return None
+            if not all(store.file(file.digest) for file in manifest.files):
+                return None
+        manifests[name] = manifest
+    lock_digest = store.shortcut(_lock_key(prepared))
+    lock = store.read_file(lock_digest) if lock_digest else None
+    return (manifests, lock) if lock is not None else None
+
+
+def _lock_key(prepared: Prepared) -> Digest:
+    return tagged("kittybuild.lock.v1", [[name, key.hex] for name, key in prepared.keys.items()])
+
+
+Ran = tuple[dict[str, Manifest], bytes, "dict[str, StageResult]", tuple[int, int], tuple[str, ...]]
+
+
+def _run(prepared: Prepared, store: Store, memory: int, jobs: int, events: Events | None, builders: Builders) -> Ran:
+    from kittybuild.executor.events import Silent
+    from kittybuild.executor.run import Limits, run
+    from kittybuild.publish.companions import companion_files
+
+    store.salvage()
+    known = plan(prepared, store, builders)
+    results, amounts = run(known, store, builders, Limits(memory, jobs), events or Silent())
+    manifests = {}
+    for name, stage in known.plan.stages.items():
+        files = companion_files(stage, known.sources, store) if stage.shards else ()
+        manifests[name] = Manifest(_tensors(stage, known), tuple(results[name].shards), files)
+        store.put_manifest(manifests[name])
+    lock = canonical(lock_json(pins(known, prepared.decls)))
+    store.set_shortcut(_lock_key(prepared), store.put_file(lock))
+    for name, manifest in manifests.items():
+        store.set_shortcut(prepared.keys[name], manifest.digest)
+    store.drop_salvaged()
+    return manifests, lock, results, amounts, known.plan.notes
+
+
+def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
+    found = []
+    for name, step in stage.steps.items():
+        ref = known.ref(step, stage.name, name)
+        assert ref is not None  # the run digested or made every tensor
+        found.append(ManifestTensor(name, ref, known.key(step) if isinstance(step, Derivation) else None))
+    return tuple(found)
+
+
+def _publish(prepared: Prepared, name: str, manifest: Manifest, lock: bytes, store: Store, builders: Builders) -> None:
+    from kittybuild.publish.folder import publish
+    from kittybuild.publish.texts import folder_texts
+
+    folder = prepared.folders[name]
+    texts = folder_texts(prepared.recipe, name, manifest, json.loads(lock), folder, builders.methods())
+    publish(manifest, folder, texts, store)
+    store.set_root(name, folder, manifest.digest)
+
+
+__all__ = ["BuildReport", "OutputReport", "Plan", "Prepared", "StageReport", "build", "plan", "prepare", "read_recipe"]

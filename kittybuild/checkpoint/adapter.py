@@ -1,0 +1,121 @@
+"""PEFT LoRA adapter folders: which factors belong to which module, and with what scale.
+
+What we cannot apply exactly is a SourceError that names it, never ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kittybuild.checkpoint.folder import read_json
+from kittybuild.checkpoint.safetensors_file import read_safetensors
+from kittybuild.checkpoint.source import Checkpoint, Entry, FileId
+from kittybuild.errors import SourceError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's factors: A [r, in], B [out, r], and the scale alpha / r (rsLoRA: alpha / sqrt r)."""
+
+    a: Entry
+    b: Entry
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What an adapter folder says. `transposed`: the base keeps these weights as [in, out] (fan_in_fan_out)."""
+
+    modules: Mapping[str, Factors]
+    transposed: bool
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return os.path.isfile(os.path.join(path, CONFIG))
+
+
+def read_adapter_folder(path: str) -> Checkpoint:
+    """The adapter's tensors as a checkpoint of kind `adapter`, its config beside them."""
+    weights = os.path.join(path, WEIGHTS)
+    if not os.path.isfile(weights):
+        hint = "adapters in other formats are not read yet: save it as safetensors"
+        raise SourceError("KB205", f"the adapter has no {WEIGHTS}", at=path, hint=hint)
+    files = tuple(FileId.of(os.path.join(path, name)) for name in (WEIGHTS, CONFIG))
+    config = read_json(os.path.join(path, CONFIG))
+    return Checkpoint(path, "adapter", read_safetensors(weights), files, (), config)
+
+
+def read_adapter(checkpoint: Checkpoint) -> Adapter:
+    """The factors by module name. Raises SourceError KB207 for what it is not and KB208 for what does not fit."""
+    config = checkpoint.config or {}
+    _refuse_others(checkpoint, config)
+    sides: dict[str, dict[str, Entry]] = {}
+    for name, entry in checkpoint.entries.items():
+        match = _FACTOR.fullmatch(name)
+        if not match:
+            hint = "only the factors of linear layers can be applied"
+            raise SourceError(
+                "KB207", f"the adapter's tensor {name!r} is no LoRA factor", at=checkpoint.where, hint=hint
+            )
+        sides.setdefault(match["module"], {})[match["side"]] = entry
+    return Adapter(
+        {m: _factors(checkpoint, config, m, pair) for m, pair in sides.items()}, bool(config.get("fan_in_fan_out"))
+    )
+
+
+def _refuse_others(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    others = {
+        f"peft_type {config.get('peft_type')!r}": config.get("peft_type") != "LORA",
+        "DoRA": config.get("use_dora"),
+        "bias": config.get("bias", "none") not in ("none", None) or config.get("lora_bias"),
+        "modules_to_save": config.get("modules_to_save"),
+        "layer_replication": config.get("layer_replication"),
+        "trainable tokens": config.get("trainable_token_indices"),
+    }
+    if found := [what for what, used in others.items() if used]:
+        hint = "merge it into its base with peft and give that folder"
+        raise SourceError(
+            "KB207", f"the adapter uses {', '.join(found)}, which we cannot apply yet", at=checkpoint.where, hint=hint
+        )
+
+
+def _factors(checkpoint: Checkpoint, config: Mapping[str, Any], module: str, pair: Mapping[str, Entry]) -> Factors:
+    def fail(message: str) -> SourceError:
+        return SourceError(
+            "KB208", f"{module}: {message}", at=checkpoint.where, hint="save the adapter again with peft"
+        )
+
+    if set(pair) != {"A", "B"}:
+        raise fail("one of lora_A and lora_B is missing")
+    a, b = pair["A"], pair["B"]
+    if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
+        raise fail(f"lora_A {a.spec} and lora_B {b.spec} do not fit each other")
+    rank = a.spec.shape[0]
+    declared = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+    if declared != rank:
+        raise fail(f"its factors have rank {rank}, the config says {declared}")
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or rank == 0:
+        raise fail(f"lora_alpha {alpha!r} over rank {rank} is no scale")
+    return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """The value of the first key that names the module as PEFT means it: a regular expression for the name's end."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        try:
+            if pattern == module or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+                return value
+        except re.error:
+            continue
+    return default

@@ -1,0 +1,71 @@
+"""Opening a source wherever it is: a folder, a GGUF or safetensors file, an adapter, a file in a package."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+from kittybuild.checkpoint.adapter import is_adapter, read_adapter_folder
+from kittybuild.checkpoint.folder import read_folder
+from kittybuild.checkpoint.safetensors_file import read_safetensors
+from kittybuild.checkpoint.source import Checkpoint, FileId
+from kittybuild.digest import Digest, tagged
+from kittybuild.errors import SourceError
+
+
+def find(path: str, folders: tuple[str, ...]) -> str | None:
+    """The first of `folders` (the recipe's own first) in which `path` exists, joined with it."""
+    found = (os.path.join(folder, os.path.expanduser(path)) for folder in folders)
+    return next((candidate for candidate in found if os.path.exists(candidate)), None)
+
+
+def package_file(package: str, file: str) -> str:
+    """The path of a file inside an installed Python package. Raises SourceError KB209."""
+    try:
+        distribution = metadata.distribution(package)
+    except metadata.PackageNotFoundError as error:
+        hint = f"pip install {package}"
+        raise SourceError("KB209", f"the Python package {package!r} is not installed", hint=hint) from error
+    for entry in distribution.files or ():
+        if entry.as_posix() == file:
+            return str(entry.locate())
+    raise SourceError(
+        "KB209", f"the package {package} {distribution.version} holds no file {file!r}", hint="check its name"
+    )
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package, for the lock."""
+    return metadata.version(package)
+
+
+def open_source(path: str) -> Checkpoint:
+    """The checkpoint at `path`, from its headers. Raises SourceError."""
+    if os.path.isdir(path):
+        return read_adapter_folder(path) if is_adapter(path) else read_folder(path)
+    if path.endswith(".gguf"):
+        from kittybuild.checkpoint.gguf import read_gguf
+
+        return read_gguf(path)
+    if path.endswith(".safetensors"):
+        return Checkpoint(path, "file", read_safetensors(path), (FileId.of(path),))
+    hint = "give a folder with safetensors, a .safetensors file or a .gguf file"
+    raise SourceError("KB205", "not a checkpoint that we can read", at=path, hint=hint)
+
+
+def fingerprint(path: str) -> Digest:
+    """The identity of a source as far as `stat` can tell, without opening a file. Raises SourceError KB201."""
+    try:
+        if not os.path.isdir(path):
+            return FileId.of(path).key()
+        found = []
+        for folder, subfolders, names in os.walk(path):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(names):
+                full = os.path.join(folder, name)
+                found.append([os.path.relpath(full, path), FileId.of(full).key().hex])
+    except OSError as error:
+        raise SourceError(
+            "KB201", f"cannot read: {error.strerror}", at=path, hint="check the path and its rights"
+        ) from error
+    return tagged("kittybuild.source.v1", found)

@@ -1,0 +1,31 @@
+"""The commands. The only part that prints, exits or reads the environment; each command's module is imported when used."""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+
+import click
+
+from kittybuild import __version__
+
+_COMMANDS = MappingProxyType({"build": "build", "plan": "plan", "store": "store"})
+
+
+class _Lazy(click.Group):
+    """Commands by name; a module is imported only for the command that is called (or listed)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"kittybuild.cli.{_COMMANDS[cmd_name]}")
+        return module.command  # type: ignore[no-any-return]
+
+
+@click.group(cls=_Lazy)
+@click.version_option(__version__, prog_name="kittybuild")
+def main() -> None:
+    """Build merged checkpoints from recipes: only what changed is computed, and anyone can prove the result."""

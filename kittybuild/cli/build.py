@@ -1,0 +1,85 @@
+"""`kittybuild build`: make the outputs of a recipe."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import Any
+
+import click
+
+from kittybuild import api
+from kittybuild.cli.common import JSON, STORE, Size, amount, answers, store_folder
+from kittybuild.cli.progress import shown
+from kittybuild.errors import UsageError
+from kittybuild.store.store import Store
+
+
+def peak_rss() -> int:
+    """The most memory that this process had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@click.command("build")
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("stages", nargs=-1)
+@click.option("-o", "--output", metavar="DIR", help="The output folder (instead of the recipe's).")
+@STORE
+@click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
+@click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
+@click.option("--offline", is_flag=True, help="Never connect (hub sources are not built yet, so builds never do).")
+@JSON
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@answers
+def command(
+    recipe: str,
+    stages: tuple[str, ...],
+    output: str | None,
+    store: str | None,
+    memory: int,
+    jobs: int | None,
+    offline: bool,
+    as_json: bool,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Build the outputs of RECIPE (a recipe of ours or a mergekit YAML), or the STAGEs named."""
+    parsed = api.read_recipe(recipe)
+    if not parsed.outputs and output is None and not stages:
+        raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
+    prepared = api.prepare(parsed, stages, output)
+    with Store.open(store_folder(store, recipe)) as opened, shown() as events:
+        report = api.build(prepared, opened, memory=memory, jobs=jobs or _cores(), events=events)
+    document = {
+        "ok": True,
+        "stages": {name: stage.to_json() for name, stage in report.stages.items()},
+        "outputs": {name: out.to_json() for name, out in report.outputs.items()},
+        "bytes": {"read": report.bytes_read, "written": report.bytes_written},
+        "seconds": round(report.seconds, 3),
+        "peak_rss": peak_rss(),
+        "notes": list(report.notes),
+    }
+    if not as_json:
+        _print(report, verbose)
+    for name, stage in report.stages.items():
+        for tensor, count in stage.nonfinite.items():
+            click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
+    return document
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _print(report: api.BuildReport, verbose: bool) -> None:
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    for name, stage in report.stages.items():
+        click.echo(f"{name}: {stage.tensors} tensors, {stage.computed} computed, {stage.cached} from the store")
+        if verbose:
+            click.echo(f"  manifest {stage.manifest}")
+    for out in report.outputs.values():
+        click.echo(f"{out.folder}: {out.shards_written} shards written, {out.shards_linked} linked")
+    read, written = amount(report.bytes_read), amount(report.bytes_written)
+    click.echo(f"read {read}, wrote {written}, {report.seconds:.1f} s, peak memory {amount(peak_rss())}")

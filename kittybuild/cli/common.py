@@ -1,0 +1,106 @@
+"""What every command shares: options, where the store is, and how results and errors are printed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import yaml
+
+from kittybuild.errors import KittybuildError, Problems, RecipeError, UsageError
+from kittybuild.recipe.parse import parse_size
+
+INTERRUPTED = 130
+
+
+class Size(click.ParamType):
+    """A size such as 500MB or 4GB, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+STORE = click.option(
+    "--store", metavar="DIR", help="The store. Default: KITTYBUILD_STORE, kittybuild.yml, the user's cache."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def store_folder(given: str | None, recipe: str | None) -> str:
+    """Where the store is: the option, the environment, the nearest kittybuild.yml, the user's cache folder."""
+    if given or (given := os.environ.get("KITTYBUILD_STORE")):
+        return os.path.abspath(given)
+    folder = os.path.dirname(os.path.abspath(recipe)) if recipe else os.getcwd()
+    while True:
+        settings = os.path.join(folder, "kittybuild.yml")
+        if os.path.isfile(settings):
+            if found := _store_in(settings):
+                return os.path.join(folder, os.path.expanduser(found))
+            break
+        if folder == os.path.dirname(folder):
+            break
+        folder = os.path.dirname(folder)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "kittybuild", "store")
+
+
+def _store_in(settings: str) -> str | None:
+    try:
+        with open(settings, encoding="utf-8") as text:
+            found = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError("KB101", f"cannot read the settings: {error}", at=settings) from error
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("store", ""), str):
+        raise RecipeError("KB103", "the settings are not `store: FOLDER`", at=settings, hint="write `store: store/`")
+    return found.get("store")
+
+
+def answers(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
+    """A command that returns its JSON document (printed with `--json`), and whose errors are printed and exit."""
+
+    @functools.wraps(command)
+    def run(*args: Any, as_json: bool = False, **kwargs: Any) -> None:
+        try:
+            document = command(*args, as_json=as_json, **kwargs)
+            if as_json and document is not None:
+                click.echo(json.dumps(document))
+        except KittybuildError as error:
+            _fail(error, as_json)
+        except KeyboardInterrupt:
+            _fail(None, as_json)
+
+    return run
+
+
+def _fail(error: KittybuildError | None, as_json: bool) -> None:
+    """Print what went wrong and exit. None: the person interrupted."""
+    if error is None:
+        error = UsageError("KB003", "interrupted", hint="everything finished so far is kept: run again to go on")
+        error.exit_status = INTERRUPTED
+    errors = error.errors if isinstance(error, Problems) else (error,)
+    if as_json:
+        click.echo(json.dumps({"ok": False, "errors": [one.to_json() for one in errors]}))
+    for one in errors:
+        click.echo(click.style("error: ", fg="red", bold=True) + str(one), err=True)
+    sys.exit(error.exit_status)
+
+
+def amount(nbytes: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,0 +1,148 @@
+"""One tensor at a time: find its inputs' bytes, run its builder over them, learn its content and its key.
+
+An input whose bytes are nowhere is made in memory first, and so on down: nothing of it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from kittybuild.builders.base import Builders
+from kittybuild.checkpoint.reading import Files, RawReader
+from kittybuild.digest import Digest
+from kittybuild.errors import KittybuildError, SourceError
+from kittybuild.executor.blocks import Feed, Output, Sink, StreamJob
+from kittybuild.executor.budget import block_elements, cost, streamed
+from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor
+from kittybuild.planner.known import Known, memo_name
+from kittybuild.store.store import Location, Store
+from kittybuild.tensors import TensorRef, TensorSpec
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor just made: content, checksum, derivation key (None: taken over), and how many elements are not finite."""
+
+    ref: TensorRef
+    xxh3: str
+    key: Digest | None
+    nonfinite: int
+
+
+class Scratch:
+    """A tensor in memory: a sink while it is made, then a reader."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self._bytes = bytearray(spec.nbytes)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Sink."""
+        self._bytes[offset : offset + len(data)] = data
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """See Reader."""
+        buffer[:] = memoryview(self._bytes)[start : start + len(buffer)]
+
+
+class Realiser:
+    """Makes tensors. `share`: bytes that one worker's blocks may take. Safe to use from several threads."""
+
+    def __init__(self, known: Known, store: Store, files: Files, builders: Builders, share: int) -> None:
+        self.known, self.store, self.files, self.builders, self.share = known, store, files, builders, share
+
+    def cost(self, drv: Derivation) -> int:
+        """The bytes of memory that making it takes, with what must be made in memory for it."""
+        builder = self.builders[drv.builder]
+        total = cost(builder, drv, block_elements(builder, drv, self.share))
+        for given in drv.inputs:
+            if isinstance(given, StageTensor) and self._location(given) is None:
+                step = self.known.plan.step(given)
+                total += given.spec.nbytes + (self.cost(step) if isinstance(step, Derivation) else 0)
+        return total
+
+    def make(self, name: str, drv: Derivation, sink: Sink) -> Made:
+        """Run the builder of `drv` into `sink`, and record what came out under the resolved key."""
+        builder = self.builders[drv.builder]
+        feeds = tuple(self._feed(given) for given in drv.inputs)
+        job = StreamJob(drv, feeds, streamed(builder, drv), block_elements(builder, drv, self.share))
+        output = Output(drv.output, sink)
+        try:
+            job.run(builder.prepare(job), output)
+        except KittybuildError as error:
+            error.at = error.at or name
+            raise
+        refs = [self._learned(given, feed) for given, feed in zip(drv.inputs, feeds, strict=True)]
+        ref, xxh3 = output.result()
+        key = drv.key(refs)
+        self.store.realise({key: ref})
+        return Made(ref, xxh3, key, output.nonfinite)
+
+    def take(self, given: Input, sink: Sink) -> Made:
+        """The bytes of an input as they are."""
+        feed = self._feed(given)
+        output = Output(given.spec, sink)
+        buffer = bytearray(min(CHUNK, given.spec.nbytes))
+        for start in range(0, given.spec.nbytes, CHUNK):
+            part = memoryview(buffer)[: min(CHUNK, given.spec.nbytes - start)]
+            feed.read(start, part, last=True)
+            output.put_bytes(part)
+        self._learned(given, feed)
+        ref, xxh3 = output.result()
+        return Made(ref, xxh3, None, 0)
+
+    def digest(self, given: SourceTensor) -> TensorRef:
+        """The content of a source tensor, read once if it is unknown."""
+        return self.known.ref(given) or self.take(given, _Nowhere()).ref
+
+    def _location(self, given: StageTensor) -> Location | None:
+        ref = self.known.ref(given)
+        return self.known.location(ref.digest) if ref else None
+
+    def _feed(self, given: Input) -> Feed:
+        if isinstance(given, SourceTensor):
+            return Feed(self.files.reader(self.known.entry(given)), self.known.ref(given))
+        location = self._location(given)
+        if location:
+            reader = RawReader(self.files, location.path, location.offset, given.spec)
+            return Feed(reader, self.known.ref(given), location.xxh3, location.path)
+        step = self.known.plan.step(given)
+        assert isinstance(step, Derivation)  # inputs that are taken over are replaced by what they are, in the plan
+        scratch = Scratch(given.spec)
+        made = self.make(f"{given.stage}: {given.name}", step, scratch)
+        self.known.learn(given, made.ref)
+        return Feed(scratch, made.ref)
+
+    def _learned(self, given: Input, feed: Feed) -> TensorRef:
+        ref = feed.ref()
+        if self.known.ref(given) is None:
+            self.known.learn(given, ref)
+        return ref
+
+
+class _Nowhere:
+    """A sink for tensors of which only the content is wanted."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Sink."""
+
+
+def remember_sources(known: Known, store: Store) -> None:
+    """Keep the digests of source tensors for the next build; raises SourceError KB210 if a file changed meanwhile."""
+    facts: dict[str, dict[str, Digest]] = {}
+    for given, ref in known.contents():
+        if isinstance(given, SourceTensor):
+            entry = known.entry(given)
+            facts.setdefault(entry.file, {})[memo_name(entry)] = ref.digest
+    for path, found in facts.items():
+        before = known.file_id(path)
+        with contextlib.suppress(OSError):
+            if type(before).of(path) == before:
+                store.remember(before.key(), found)
+                continue
+        hint = "build again when nothing writes to it"
+        raise SourceError("KB210", "the file changed while it was read", at=os.fspath(path), hint=hint)

@@ -1,0 +1,206 @@
+"""Runs a plan: stage after stage, shard after shard, tensors side by side. What is there is taken, the rest made.
+
+Every finished tensor is journalled with its pack, so that a run cut short anywhere leaves its work to the next one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import torch
+
+from kittybuild.builders.base import Builders
+from kittybuild.checkpoint.reading import Files
+from kittybuild.errors import BuildError
+from kittybuild.executor.budget import Budget
+from kittybuild.executor.events import Events
+from kittybuild.executor.realise import Made, Realiser, remember_sources
+from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor
+from kittybuild.model.manifest import ManifestShard
+from kittybuild.model.plan import StagePlan
+from kittybuild.planner.known import Known
+from kittybuild.planner.lower import DEFAULT_SHARD, shards_of
+from kittybuild.planner.work import Shard, has_bytes, layout_of, stage_work
+from kittybuild.store.pack import PackLayout
+from kittybuild.store.problems import DamagedTensor
+from kittybuild.store.store import Store
+from kittybuild.store.writer import PackWriter
+from kittybuild.tensors import TensorRef
+
+ATTEMPTS = 5
+
+
+@dataclass
+class StageResult:
+    """What happened to one stage. `shards` are its packs, in order."""
+
+    tensors: int
+    computed: int = 0
+    written: int = 0
+    linked: int = 0
+    shards: list[ManifestShard] = field(default_factory=list)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much memory (bytes) and how many workers a run may use."""
+
+    memory: int
+    jobs: int
+
+
+Ran = tuple[dict[str, StageResult], tuple[int, int]]
+"""What happened to each stage, and the bytes read and written."""
+
+
+def run(known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
+    """Build all stages of the plan. Damaged tensors in the store are set aside and made again."""
+    torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
+    for attempt in range(ATTEMPTS):
+        current = known if attempt == 0 else Known(known.plan, known.sources, store)
+        with Files() as files, ThreadPoolExecutor(limits.jobs) as pool, ThreadPoolExecutor(1) as finisher:
+            try:
+                state = _Run(current, store, builders, limits, events, files, pool, finisher)
+                return state.all_stages(), (files.bytes_read, state.written)
+            except DamagedTensor as damage:
+                events.note(f"{damage.path} is damaged: it is set aside and its tensors are made again")
+                store.discard(damage.path)
+            finally:
+                _remember(current, known, store)
+    raise BuildError(
+        "KB505", f"damaged tensors turned up {ATTEMPTS} times", hint="run `kittybuild store check`; is the disk well?"
+    )
+
+
+def _remember(current: Known, known: Known, store: Store) -> None:
+    remember_sources(current, store)
+    for given, ref in current.contents():
+        known.learn(given, ref)
+
+
+class _Run:
+    """One attempt."""
+
+    def __init__(
+        self,
+        known: Known,
+        store: Store,
+        builders: Builders,
+        limits: Limits,
+        events: Events,
+        files: Files,
+        pool: ThreadPoolExecutor,
+        finisher: ThreadPoolExecutor,
+    ) -> None:
+        self.known, self.store, self.events, self.pool, self.finisher = known, store, events, pool, finisher
+        self.budget = Budget(limits.memory)
+        share = self.budget.total // limits.jobs
+        self.realiser = Realiser(known, store, files, builders, share)
+        self.stopped = threading.Event()
+        self.written = 0
+
+    def all_stages(self) -> dict[str, StageResult]:
+        results = {}
+        for name in self.known.plan.stages:
+            self.known.look_up(name)
+            results[name] = self._stage(name)
+        self._digest_the_rest()
+        return results
+
+    def _stage(self, name: str) -> StageResult:
+        work = stage_work(self.known.plan, name, self.known)
+        stage, result = work.stage, StageResult(len(work.stage.steps))
+        self.events.stage(name, sum(spec.nbytes for spec in work.specs((*work.compute, *work.copy))))
+        shards: Iterable[Shard] = work.shards
+        if not stage.shards:
+            groups = shards_of({name: stage.steps[name] for name in work.compute}, DEFAULT_SHARD)
+            shards = [Shard(layout_of(stage, names), None, False) for names in groups if names]
+        finished = [self._shard(stage, shard, result) for shard in shards]
+        for shard, done in zip(shards, finished, strict=True):
+            result.shards.append(_await(done, self.stopped))
+            result.linked += shard.present
+            result.written += not shard.present
+            self.written += 0 if shard.present else shard.layout.size
+        return result
+
+    def _shard(self, stage: StagePlan, shard: Shard, result: StageResult) -> Future[ManifestShard]:
+        """Begin a shard; the future is done when its pack is in the store."""
+        names = tuple(name for name, _ in shard.layout.tensors)
+        if shard.present and shard.digest is not None:
+            ready: Future[ManifestShard] = Future()
+            ready.set_result(ManifestShard(shard.digest, shard.layout.size, names))
+            return ready
+        writer = self.store.write_pack(shard.layout.tensors)
+        tasks = [self.pool.submit(self._fill, stage, name, writer, result) for name, _ in shard.layout.tensors]
+        return self.finisher.submit(self._finish, writer, tasks, shard.layout)
+
+    def _finish(self, writer: PackWriter, tasks: list[Future[None]], layout: PackLayout) -> ManifestShard:
+        try:
+            for task in tasks:
+                _await(task, self.stopped)
+            pack = writer.finish()
+        except BaseException:
+            self.stopped.set()
+            wait(tasks)
+            writer.abandon()
+            raise
+        return ManifestShard(pack.digest, pack.size, tuple(name for name, _ in layout.tensors))
+
+    def _fill(self, stage: StagePlan, name: str, writer: PackWriter, result: StageResult) -> None:
+        """One tensor into its place in a pack."""
+        if self.stopped.is_set():
+            return
+        step = stage.steps[name]
+        tensor = StageTensor(stage.name, name, step.spec)
+        if has_bytes(self.known, step, stage.name, name):
+            self._copy(writer, name, self.known.ref(step, stage.name, name))
+        elif isinstance(step, Derivation):
+            with self.budget.admit(self.realiser.cost(step)):
+                made = self.realiser.make(f"{stage.name}: {name}", step, _Slot(writer, name))
+            self.known.learn(tensor, made.ref)
+            self._done(writer, name, made, result)
+        else:
+            self._done(writer, name, self.realiser.take(step, _Slot(writer, name)), result)
+        self.events.advance(step.spec.nbytes)
+
+    def _copy(self, writer: PackWriter, name: str, ref: TensorRef | None) -> None:
+        location = self.known.location(ref.digest) if ref else None
+        assert ref is not None and location is not None  # the caller looked
+        writer.copy(name, ref, location)
+
+    def _done(self, writer: PackWriter, name: str, made: Made, result: StageResult) -> None:
+        writer.done(name, made.ref, made.xxh3, made.key)
+        result.computed += 1
+        if made.nonfinite:
+            result.nonfinite[name] = made.nonfinite
+
+    def _digest_the_rest(self) -> None:
+        """Contents that a manifest lists but nobody read."""
+        for stage in self.known.plan.stages.values():
+            for step in stage.steps.values():
+                if isinstance(step, SourceTensor) and self.known.ref(step) is None:
+                    self.realiser.digest(step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One tensor's place in a pack, as a sink."""
+
+    writer: PackWriter
+    name: str
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Sink."""
+        self.writer.write(self.name, offset, data)
+
+
+def _await(future: Future, stopped: threading.Event):  # type: ignore[type-arg,no-untyped-def]
+    try:
+        return future.result()
+    except BaseException:
+        stopped.set()
+        raise

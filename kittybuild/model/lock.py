@@ -1,0 +1,35 @@
+"""A lock: what each source was when an output was built. Facts only: no path beyond the recipe's own words, no time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kittybuild.digest import Digest, Json
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One source: the recipe's words for it, its files by name with their sizes, and a digest over its tensors.
+
+    `content` is over (name, digest, dtype, shape) of every tensor that the build read; `read` is their number.
+    """
+
+    words: Mapping[str, str]
+    files: tuple[tuple[str, int], ...]
+    content: Digest
+    read: int
+
+    def to_json(self) -> Json:
+        """The pin as `kittybuild.json` holds it."""
+        return {
+            **self.words,
+            "files": [list(file) for file in self.files],
+            "content": self.content.hex,
+            "read": self.read,
+        }
+
+
+def lock_json(pins: Mapping[str, Pin]) -> Json:
+    """All pins by the names of their sources."""
+    return {"format": 1, "sources": {name: pin.to_json() for name, pin in pins.items()}}

@@ -1,0 +1,99 @@
+"""What a build would do and take, from a plan and the store: tensors, shards, bytes, memory, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kittybuild.model.derivation import Derivation, StageTensor
+from kittybuild.model.plan import StagePlan, inputs_of
+from kittybuild.planner.known import Known
+from kittybuild.planner.work import StageWork, stage_work
+
+RUNTIME = 256_000_000
+BLOCKS = 24_000_000
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage: numbers of tensors and shards, bytes read and written, companion files."""
+
+    kind: str
+    tensors: int
+    computed: int
+    copied: int
+    there: int
+    shards: int
+    linked: int
+    read: int
+    written: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A whole build. Where contents are unknown it assumes the most: that all that hangs on them is computed."""
+
+    stages: Mapping[str, StageEstimate]
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `plan --json` prints it."""
+        stages = {name: asdict(stage) for name, stage in self.stages.items()}
+        return {"stages": stages, "peak_memory": self.peak_memory, "notes": list(self.notes)}
+
+
+def estimate(known: Known, *, memory: int, jobs: int) -> Estimate:
+    """What building the plan behind `known` would take with that budget (bytes) and number of workers."""
+    works = [stage_work(known.plan, name, known) for name in known.plan.stages]
+    stages = {work.stage.name: _stage(work, known) for work in works}
+    computes = any(stage.computed or stage.copied for stage in stages.values())
+    peak = min(memory, RUNTIME + jobs * BLOCKS + _largest_whole(known, works)) if computes else 60_000_000
+    return Estimate(stages, peak, known.plan.notes)
+
+
+def _stage(work: StageWork, known: Known) -> StageEstimate:
+    stage = work.stage
+    read = {given: given.spec.nbytes for name in work.compute for given in inputs_of(stage.steps[name])}
+    copied = sum(spec.nbytes for spec in work.specs(work.copy))
+    if stage.shards:
+        written = sum(shard.layout.size for shard in work.shards if not shard.present)
+    else:
+        written = sum(spec.nbytes for spec in work.specs(work.compute))
+    return StageEstimate(
+        kind=stage.kind,
+        tensors=len(stage.steps),
+        computed=len(work.compute),
+        copied=len(work.copy),
+        there=len(work.there),
+        shards=len(work.shards),
+        linked=sum(shard.present for shard in work.shards),
+        read=sum(read.values()) + copied,
+        written=written,
+        files=_files(stage, known) if stage.shards else (),
+    )
+
+
+def _files(stage: StagePlan, known: Known) -> tuple[str, ...]:
+    if stage.donor is None:
+        return ()
+    return tuple(companion.name for companion in known.sources.checkpoints[stage.donor].companions)
+
+
+def _largest_whole(known: Known, works: list[StageWork]) -> int:
+    """The most bytes that one derivation holds beside its blocks: whole factors, and inputs made in memory."""
+    most = 0
+    for work in works:
+        for name in work.compute:
+            step = work.stage.steps[name]
+            if isinstance(step, Derivation):
+                held = sum(24 * given.spec.numel for given in step.inputs[1:]) if step.builder == "lora" else 0
+                held += sum(
+                    given.spec.nbytes
+                    for given in step.inputs
+                    if isinstance(given, StageTensor) and not known.plan.stages[given.stage].keep
+                )
+                most = max(most, held)
+    return most

@@ -1,0 +1,94 @@
+"""What is known of a plan's tensors without computing any: contents from source memos and realisations.
+
+A derivation's content is known when the contents of its inputs are, and somebody realised the resolved key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from kittybuild.checkpoint.source import RAW, Entry, FileId
+from kittybuild.digest import Digest
+from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
+from kittybuild.model.plan import Plan
+from kittybuild.planner.views import Sources
+from kittybuild.store.store import Location, Store
+from kittybuild.tensors import TensorRef
+
+
+def memo_name(entry: Entry) -> str:
+    """Under which name a file's memo keeps the digest of a tensor: decoded tensors count by their decoder."""
+    return entry.name if entry.encoding == RAW else f"{entry.encoding}/1/{entry.name}"
+
+
+class Known:
+    """The contents known so far, and where they lie. Looked up in bulk, stage by stage; never forgets."""
+
+    def __init__(self, plan: Plan, sources: Sources, store: Store | None) -> None:
+        self.plan, self.sources, self.store = plan, sources, store
+        self.file_ids: dict[str, FileId] = {}
+        self._memos: dict[str, Mapping[str, Digest]] = {}
+        self._refs: dict[Input, TensorRef] = {}
+        self._locations: dict[Digest, Location] = {}
+
+    def entry(self, tensor: SourceTensor) -> Entry:
+        """Where a source keeps a tensor."""
+        return self.sources.checkpoints[tensor.source].entries[tensor.name]
+
+    def file_id(self, path: str) -> FileId:
+        """The identity of a source file as it was when first asked for."""
+        if path not in self.file_ids:
+            self.file_ids[path] = FileId.of(path)
+        return self.file_ids[path]
+
+    def ref(self, step: Step, stage: str = "", name: str = "") -> TensorRef | None:
+        """The content of an input, or of the derivation behind tensor `name` of `stage`, if it is known."""
+        if isinstance(step, Derivation):
+            return self._refs.get(StageTensor(stage, name, step.spec))
+        if step not in self._refs and isinstance(step, SourceTensor):
+            if digest := self._memo(self.entry(step).file).get(memo_name(self.entry(step))):
+                self._refs[step] = TensorRef(digest, step.spec)
+        return self._refs.get(step)
+
+    def _memo(self, path: str) -> Mapping[str, Digest]:
+        if path not in self._memos:
+            self._memos[path] = self.store.memos(self.file_id(path).key()) if self.store else {}
+        return self._memos[path]
+
+    def learn(self, step: Input, ref: TensorRef) -> None:
+        """Note a content that was just found."""
+        self._refs[step] = ref
+
+    def key(self, drv: Derivation) -> Digest | None:
+        """The resolved key of a derivation, if all its inputs are known."""
+        refs = [self.ref(given) for given in drv.inputs]
+        return drv.key(refs) if all(refs) else None  # type: ignore[arg-type]
+
+    def look_up(self, stage: str) -> None:
+        """Learn from the store what the tensors of a stage, whose inputs are known, were realised to."""
+        if self.store is None:
+            return
+        keys: dict[Digest, list[StageTensor]] = {}
+        for name, drv in self.plan.stages[stage].derivations.items():
+            tensor = StageTensor(stage, name, drv.spec)
+            if tensor not in self._refs and (key := self.key(drv)):
+                keys.setdefault(key, []).append(tensor)
+        for key, ref in self.store.realisations(keys).items():
+            for tensor in keys[key]:
+                self._refs[tensor] = ref
+
+    def locate(self, digests: Iterable[Digest]) -> None:
+        """Learn where contents lie in the store."""
+        wanted = [digest for digest in dict.fromkeys(digests) if digest not in self._locations]
+        if self.store is not None and wanted:
+            self._locations.update(self.store.locations(wanted))
+
+    def location(self, digest: Digest) -> Location | None:
+        """Where the store holds a content, if it does."""
+        if digest not in self._locations:
+            self.locate([digest])
+        return self._locations.get(digest)
+
+    def contents(self) -> tuple[tuple[Input, TensorRef], ...]:
+        """Everything known so far."""
+        return tuple(self._refs.items())

@@ -1,0 +1,144 @@
+"""The whole recipe lowered to a Plan. Reads no file: the headers of all sources are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from kittybuild.builders.base import Builders
+from kittybuild.errors import KittybuildError, UsageError, nearest, raise_all
+from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
+from kittybuild.model.plan import Plan, StagePlan, inputs_of
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage
+from kittybuild.planner.config import with_dtype
+from kittybuild.planner.lower_lora import lower_lora
+from kittybuild.planner.lower_merge import MergeLowering
+from kittybuild.planner.views import Sources, View, need_adapter
+from kittybuild.tensors import DType
+
+DEFAULT_SHARD = 1_000_000_000
+
+
+def targets(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
+    """The stages that are wanted whole: those asked for, else the outputs, else those that no other stage needs."""
+    for name in asked:
+        if name not in recipe.stages:
+            raise UsageError("KB001", f"there is no stage {name!r}", at=recipe.file, hint=nearest(name, recipe.stages))
+    if asked or recipe.outputs:
+        return tuple(name for name in recipe.stages if name in (asked or recipe.outputs))
+    needed = {ref.model for stage in recipe.stages.values() for ref in stage.references()}
+    return tuple(name for name in recipe.stages if name not in needed)
+
+
+def lower(recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders) -> Plan:
+    """Every tensor that the wanted stages need, as steps. Raises all problems of all stages at once."""
+    lowering = _Lowering(recipe, sources, builders)
+    for name in wanted:
+        lowering.stage(name)
+    raise_all(lowering.problems)
+    kept = _reached(lowering.done, wanted)
+    stages = {}
+    for name, stage in lowering.done.items():
+        if name in wanted:
+            shard_size = recipe.outputs[name].shard_size if name in recipe.outputs else DEFAULT_SHARD
+            stages[name] = replace(stage, shards=shards_of(stage.steps, shard_size))
+        elif kept[name]:
+            stages[name] = replace(stage, steps={n: step for n, step in stage.steps.items() if n in kept[name]})
+    notes = tuple(f"{c.where}: {note}" for c in sources.checkpoints.values() for note in c.notes)
+    return Plan(stages, (*recipe.notes, *notes))
+
+
+def shards_of(steps: Mapping[str, Step], shard_size: int) -> tuple[tuple[str, ...], ...]:
+    """The names of each shard, in order; a shard is closed before it would pass `shard_size` bytes of tensors."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, step in steps.items():
+        if shards[-1] and size + step.spec.nbytes > shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += step.spec.nbytes
+    return tuple(tuple(shard) for shard in shards)
+
+
+def _reached(stages: Mapping[str, StagePlan], wanted: Sequence[str]) -> dict[str, set[str]]:
+    """The tensors of each stage that the wanted ones need."""
+    reached: dict[str, set[str]] = {name: set() for name in stages}
+    todo: list[Input] = []
+    for name in wanted:
+        todo += [given for step in stages[name].steps.values() for given in inputs_of(step)]
+    while todo:
+        given = todo.pop()
+        if isinstance(given, StageTensor) and given.name not in reached[given.stage]:
+            reached[given.stage].add(given.name)
+            todo += inputs_of(stages[given.stage].steps[given.name])
+    return reached
+
+
+class _Lowering:
+    """The stages lowered so far. A stage is lowered when the first reference asks for it."""
+
+    def __init__(self, recipe: Recipe, sources: Sources, builders: Builders) -> None:
+        self.recipe, self.sources, self.builders = recipe, sources, builders
+        self.problems: list[KittybuildError] = []
+        self.done: dict[str, StagePlan] = {}
+        self.views: dict[str, View] = {}
+
+    def stage(self, name: str) -> View:
+        """The model that a stage makes."""
+        if name not in self.views:
+            self._lower(self.recipe.stages[name])
+        return self.views[name]
+
+    def view(self, ref: ModelRef) -> View:
+        """The model that a reference names; an adapter on it is a stage of its own."""
+        key = str(ref)
+        if ref.adapter and key not in self.views:
+            base = ModelRef(ref.model, ref.revision, at=ref.at)
+            adapter = ModelRef(ref.adapter, ref.adapter_revision, at=ref.at)
+            self._lower(ApplyLoraStage(key, base, (AdapterUse(adapter, 1.0, ref.at),), at=ref.at))
+        elif key not in self.views:
+            if ref.model in self.recipe.stages and ref.revision is None:
+                return self.stage(ref.model)
+            self.views[key] = self.sources.view(ref.base_text)
+        return self.views[key]
+
+    def _lower(self, stage: Stage) -> None:
+        before = len(self.problems)
+        if isinstance(stage, MergeStage):
+            merge = MergeLowering(stage, self.view, self.builders, self.problems)
+            steps = merge.steps()
+            donor, config = merge.donor(), merge.config()
+        else:
+            donor = self.view(stage.base)
+            adapters = []
+            for use in stage.adapters:
+                try:
+                    name = use.adapter.base_text
+                    adapters.append((name, need_adapter(self.sources, name, use.at), use.weight))
+                except KittybuildError as error:
+                    self.problems.append(error)
+            steps = lower_lora(stage, donor, adapters, self.builders, self.problems)
+            config = donor.config
+        if len(self.problems) == before:
+            config = config and _dtype_fixed(config, donor, steps)
+        self.done[stage.name] = StagePlan(stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep)
+        tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
+        self.views[stage.name] = View(stage.name, tensors, donor.donor, config)
+
+    def _input(self, stage: str, name: str, step: Step) -> Input:
+        return StageTensor(stage, name, step.spec) if isinstance(step, Derivation) else step
+
+
+def _dtype_fixed(config: Mapping[str, object], donor: View, steps: Mapping[str, Step]) -> Mapping[str, object]:
+    """`config` with the dtype that most bytes of the output have, where the stage changed it."""
+    before, after = _main_dtype(donor.tensors.values()), _main_dtype(steps.values())
+    return config if after is None or before == after else with_dtype(config, after)
+
+
+def _main_dtype(steps: Iterable[Step]) -> DType | None:
+    sizes: dict[DType, int] = {}
+    for step in steps:
+        if step.spec.dtype.is_float:
+            sizes[step.spec.dtype] = sizes.get(step.spec.dtype, 0) + step.spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None

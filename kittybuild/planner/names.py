@@ -1,0 +1,53 @@
+"""What tensor names tell: layers, stacks, and the order for people. No table of architectures.
+
+A layer's number is the first `.digits.` of a name; what stands before it is the stack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.(?P<rest>.*)", re.DOTALL)
+_DIGITS = re.compile(r"(\d+)")
+_FIRST = re.compile(r"emb|wte|wpe")
+_LAST = re.compile(r"unembed|embed_out|lm_head")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerName:
+    """A tensor's name, taken apart at its layer number."""
+
+    stack: str
+    index: int
+    rest: str
+
+    def at(self, index: int) -> str:
+        """The same tensor's name in another layer."""
+        return f"{self.stack}.{index}.{self.rest}"
+
+
+def layer_of(name: str) -> LayerName | None:
+    """The layer that a tensor belongs to, or None (embeddings, final norm, head)."""
+    match = _LAYER.fullmatch(name)
+    return LayerName(match["stack"], int(match["index"]), match["rest"]) if match else None
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """The stacks of layers, each with how many layers it has."""
+    found: dict[str, int] = {}
+    for name in names:
+        if layer := layer_of(name):
+            found[layer.stack] = max(found.get(layer.stack, 0), layer.index + 1)
+    return found
+
+
+def before_layers(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them: it is (part of) an embedding and no head."""
+    return bool(_FIRST.search(name)) and not _LAST.search(name)
+
+
+def natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """A sort key in which layer 2 comes before layer 10."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in _DIGITS.split(name))

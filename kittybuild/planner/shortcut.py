@@ -1,0 +1,62 @@
+"""The key of a whole stage, from its text and the identity of its sources: no header is read for it.
+
+Equal keys mean equal manifests. The key may be wrong only on the safe side: a new key for what gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from kittybuild import __version__
+from kittybuild.builders.base import Builders
+from kittybuild.digest import Digest, tagged
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, ModelRef, Recipe, Stage, to_json
+
+
+def stage_keys(
+    recipe: Recipe, wanted: Sequence[str], fingerprints: Mapping[str, Digest], builders: Builders
+) -> dict[str, Digest]:
+    """The keys of all stages that the wanted ones need, in the order of building."""
+    keys = _Keys(recipe, fingerprints, {b.name: b.version for b in builders.by_name.values()})
+    for name in wanted:
+        keys.stage(recipe.stages[name])
+    # What an intermediate stage lists depends on what is asked of it.
+    asked = [[name, keys.done[name].hex, _shard_size(recipe, name)] for name in wanted]
+    return {name: tagged("kittybuild.stage.v1", [key.hex, asked]) for name, key in keys.done.items()}
+
+
+def _shard_size(recipe: Recipe, name: str) -> int | None:
+    return recipe.outputs[name].shard_size if name in recipe.outputs else None
+
+
+class _Keys:
+    def __init__(self, recipe: Recipe, fingerprints: Mapping[str, Digest], versions: Mapping[str, int]) -> None:
+        self.recipe, self.fingerprints, self.versions = recipe, fingerprints, versions
+        self.done: dict[str, Digest] = {}
+
+    def stage(self, stage: Stage) -> Digest:
+        """The key of a stage over the identities of what it names."""
+        if stage.name not in self.done:
+            named = {str(ref): self.model(ref).hex for ref in stage.references()}
+            if isinstance(stage, ApplyLoraStage):
+                named |= {str(use.adapter): self.fingerprints[use.adapter.base_text].hex for use in stage.adapters}
+            form = {
+                "tool": __version__,
+                "versions": self.versions,
+                "seed": self.recipe.seed,
+                "stage": to_json(replace(stage, name="")),
+                "models": named,
+            }
+            self.done[stage.name] = tagged("kittybuild.stage-content.v1", form)
+        return self.done[stage.name]
+
+    def model(self, ref: ModelRef) -> Digest:
+        """The identity of what a reference names."""
+        if ref.adapter:
+            adapter = ModelRef(ref.adapter, ref.adapter_revision)
+            use = (AdapterUse(adapter),)
+            return self.stage(ApplyLoraStage(str(ref), ModelRef(ref.model, ref.revision), use))
+        if ref.model in self.recipe.stages and ref.revision is None:
+            return self.stage(self.recipe.stages[ref.model])
+        return self.fingerprints[ref.base_text]

@@ -1,0 +1,108 @@
+"""Models as stages see them: names to inputs, whoever made the tensors. And the lookup from a reference to a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kittybuild.checkpoint.folder import unknown_source
+from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
+from kittybuild.checkpoint.source import Checkpoint
+from kittybuild.digest import Digest
+from kittybuild.errors import KittybuildError, PlanError, raise_all
+from kittybuild.model.derivation import Input, SourceTensor
+from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
+
+
+@dataclass(frozen=True)
+class View:
+    """A model: its tensors, the source that gives its companion files, and its config.json."""
+
+    label: str
+    tensors: Mapping[str, Input]
+    donor: str | None
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of a recipe by name, as their headers describe them, and where each was found."""
+
+    checkpoints: Mapping[str, Checkpoint]
+    paths: Mapping[str, str]
+
+    def view(self, name: str) -> View:
+        """A source as a model."""
+        checkpoint = self.checkpoints[name]
+        tensors = {entry.name: SourceTensor(name, entry.name, entry.spec) for entry in checkpoint.entries.values()}
+        return View(name, tensors, name if checkpoint.companions else None, checkpoint.config)
+
+
+def source_names(recipe: Recipe) -> dict[str, SourceDecl]:
+    """Every source that the stages name: declared ones by name, others by the path that is their name."""
+    found: dict[str, SourceDecl] = {}
+    for stage in recipe.stages.values():
+        references: Iterable[ModelRef] = stage.references()
+        if stage.kind == "apply_lora":
+            references = (*references, *(use.adapter for use in stage.adapters))
+        for ref in references:
+            if ref.model not in recipe.stages:
+                found.setdefault(ref.base_text, _declared(recipe, ref.model, ref.revision, ref.at))
+            if ref.adapter:
+                found.setdefault(ref.adapter_text or "", _declared(recipe, ref.adapter, ref.adapter_revision, ref.at))
+    return found
+
+
+def _declared(recipe: Recipe, name: str, revision: str | None, at: At) -> SourceDecl:
+    known = recipe.sources.get(name)
+    if known and revision is None:
+        return known
+    return SourceDecl(f"{name}@{revision}" if revision else name, at=at)
+
+
+def locate(recipe: Recipe, decls: Mapping[str, SourceDecl]) -> dict[str, str]:
+    """Where each source is. Relative paths count from the recipe's folder, then from the working folder."""
+    problems: list[KittybuildError] = []
+    folders = (os.path.dirname(os.path.abspath(recipe.file)), os.getcwd())
+    paths = {}
+    for name, decl in decls.items():
+        try:
+            path = package_file(decl.package, decl.path) if decl.package else find(decl.path, folders)
+            if path is None:
+                raise unknown_source(decl.path, [*recipe.sources, *recipe.stages])
+            paths[name] = path
+        except KittybuildError as error:
+            error.at = str(decl.at)
+            problems.append(error)
+    raise_all(problems)
+    return paths
+
+
+def open_all(paths: Mapping[str, str]) -> Sources:
+    """The headers of all sources; every source that cannot be read is reported."""
+    problems: list[KittybuildError] = []
+    checkpoints = {}
+    for name, path in paths.items():
+        try:
+            checkpoints[name] = open_source(path)
+        except KittybuildError as error:
+            problems.append(error)
+    raise_all(problems)
+    return Sources(checkpoints, paths)
+
+
+def fingerprints(paths: Mapping[str, str]) -> dict[str, Digest]:
+    """The identity of each source as `stat` tells it."""
+    return {name: fingerprint(path) for name, path in paths.items()}
+
+    raise_all(problems)
+
+
+def need_adapter(sources: Sources, name: str, at: At) -> Checkpoint:
+    """The adapter source `name`; PlanError KB307 if it is a model."""
+    checkpoint = sources.checkpoints[name]
+    if checkpoint.kind != "adapter":
+        raise PlanError("KB307", f"{name} is no adapter: {checkpoint.where} has no adapter_config.json", at=str(at))
+    return checkpoint

@@ -1,0 +1,40 @@
+"""The files that travel with the weights: the donor's, byte for byte, and its config.json where the merge changed it."""
+
+from __future__ import annotations
+
+import json
+
+from kittybuild.checkpoint.reading import read_companion
+from kittybuild.checkpoint.source import Companion, FileId
+from kittybuild.digest import tagged
+from kittybuild.model.manifest import ManifestFile
+from kittybuild.model.plan import StagePlan
+from kittybuild.planner.views import Sources
+from kittybuild.store.store import Store
+
+
+def companion_files(stage: StagePlan, sources: Sources, store: Store) -> tuple[ManifestFile, ...]:
+    """The companion files of a stage, put into the store."""
+    if stage.donor is None:
+        return ()
+    donor = sources.checkpoints[stage.donor]
+    found = []
+    for companion in donor.companions:
+        if companion.name == "config.json" and stage.config is not None and stage.config != donor.config:
+            data = (json.dumps(stage.config, indent=2, ensure_ascii=False) + "\n").encode()
+            found.append(ManifestFile(companion.name, store.put_file(data), len(data)))
+        else:
+            found.append(_taken_over(companion, store))
+    return tuple(found)
+
+
+def _taken_over(companion: Companion, store: Store) -> ManifestFile:
+    """A companion as it is. One that is made from a weights file is made once for each such file."""
+    key = tagged("kittybuild.companion.v1", [FileId.of(companion.path).key().hex, companion.name])
+    if companion.derived and (known := store.shortcut(key)) and (kept := store.read_file(known)) is not None:
+        return ManifestFile(companion.name, known, len(kept))
+    data = read_companion(companion)
+    digest = store.put_file(data)
+    if companion.derived:
+        store.set_shortcut(key, digest)
+    return ManifestFile(companion.name, digest, len(data))

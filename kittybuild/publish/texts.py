@@ -1,0 +1,105 @@
+"""The texts of an output folder: model card, the recipe, and kittybuild.json with manifest, lock and versions.
+
+They hold names that others can follow, never a path outside the recipe's own words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kittybuild import __version__
+from kittybuild.model.manifest import Manifest
+from kittybuild.model.method import Method, find
+from kittybuild.model.recipe import ApplyLoraStage, MergeStage, Recipe, Stage
+from kittybuild.publish.folder import PROVENANCE, shard_names
+
+MERGEKIT = "mergekit_config.yml"
+
+
+def folder_texts(
+    recipe: Recipe, stage: str, manifest: Manifest, lock: Mapping[str, Any], folder: str, methods: Sequence[Method]
+) -> dict[str, bytes]:
+    """README.md, the recipe as it was written, and kittybuild.json."""
+    texts = {"README.md": card(recipe, stage, folder, methods).encode()}
+    if recipe.dialect == "mergekit" and len(recipe.stages) == 1:
+        texts[MERGEKIT] = recipe.text.encode()
+    listed = [file.name for file in manifest.files] + list(texts) + list(shard_names(len(manifest.shards)))
+    if len(manifest.shards) > 1:
+        listed.append("model.safetensors.index.json")
+    provenance = {
+        "kittybuild": __version__,
+        "format": 1,
+        "stage": stage,
+        "manifest_digest": manifest.digest.hex,
+        "files": sorted([*listed, PROVENANCE]),
+        "recipe": {"dialect": recipe.dialect, "text": recipe.text},
+        "lock": lock,
+        "manifest": json.loads(manifest.to_bytes()),
+    }
+    texts[PROVENANCE] = (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode()
+    return texts
+
+
+def card(recipe: Recipe, stage: str, folder: str, methods: Sequence[Method]) -> str:
+    """The model card, in the form that the Hub and its bots read."""
+    named = _models(recipe, recipe.stages[stage])
+    hub = [name for name in named if _is_hub_name(recipe, name)]
+    front = ["---", *(["base_model:", *(f"- {name}" for name in hub)] if hub else ["base_model: []"])]
+    front += ["library_name: transformers", "tags:", "- mergekit", "- merge", "- kittybuild", "---"]
+    title = os.path.basename(os.path.abspath(folder)) or recipe.name
+    lines = [
+        *front,
+        f"# {title}",
+        "",
+        "A merge built with kittybuild: every tensor is what the recipe below says, bit for bit.",
+        "",
+    ]
+    lines += ["## How it was made", ""]
+    lines += [
+        f"- `{name}`: {_sentence(step, methods)}"
+        for name, step in recipe.stages.items()
+        if _needed(recipe, stage, name)
+    ]
+    lines += ["", "## Models", ""] + [f"- {name}" for name in named]
+    lines += ["", "## Configuration", "", "```yaml", recipe.text.rstrip("\n"), "```", ""]
+    lines += ["`kittybuild.json` lists the digest and the derivation key of every tensor.", ""]
+    return "\n".join(lines)
+
+
+def _needed(recipe: Recipe, wanted: str, name: str) -> bool:
+    return name == wanted or any(
+        _needed(recipe, ref.model, name) for ref in recipe.stages[wanted].references() if ref.model in recipe.stages
+    )
+
+
+def _models(recipe: Recipe, stage: Stage) -> list[str]:
+    """The sources behind a stage, in the order of the text."""
+    found: dict[str, None] = {}
+    for ref in stage.references():
+        if ref.model in recipe.stages:
+            found.update(dict.fromkeys(_models(recipe, recipe.stages[ref.model])))
+        else:
+            found[ref.base_text] = None
+        if ref.adapter_text:
+            found[ref.adapter_text] = None
+    if isinstance(stage, ApplyLoraStage):
+        found.update({str(use.adapter): None for use in stage.adapters})
+    return list(found)
+
+
+def _is_hub_name(recipe: Recipe, name: str) -> bool:
+    return name not in recipe.sources and name.count("/") == 1 and name[0] not in "./~" and not os.path.exists(name)
+
+
+def _sentence(stage: Stage, methods: Sequence[Method]) -> str:
+    if isinstance(stage, MergeStage):
+        method = find(methods, stage.method)
+        title = method.title if method else stage.method
+        linked = f"[{title}]({method.paper})" if method and method.paper else title
+        on = f" on `{stage.base}`" if stage.base else ""
+        return f"{linked} of {', '.join(f'`{ref}`' for ref in stage.references() if ref != stage.base)}{on}"
+    added = ", ".join(f"`{use.adapter}` × {use.weight:g}" for use in stage.adapters)
+    return f"LoRA {added} on `{stage.base}`"

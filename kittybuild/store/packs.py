@@ -1,0 +1,93 @@
+"""The complete packs: which there are, and which tensors lie where in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from kittybuild.digest import Digest
+from kittybuild.errors import StoreError
+from kittybuild.store.facts import Facts, Location
+from kittybuild.store.index import Index
+from kittybuild.store.journal import Finished
+from kittybuild.store.layout import Layout, stored_digests
+from kittybuild.store.pack import PackLayout, read_pack_header
+from kittybuild.store.problems import damaged
+from kittybuild.tensors import TensorRef
+
+_PACK = "pack"
+
+
+class Packs:
+    """The packs of a store, with their rows in the index: digest -> size, and a location for each tensor."""
+
+    def __init__(self, layout: Layout, index: Index, facts: Facts) -> None:
+        self._layout = layout
+        self._index = index
+        self._facts = facts
+
+    def path(self, digest: Digest) -> str | None:
+        """The path of a pack that is there in its full size; its tensors are not read."""
+        path = self._layout.pack(digest)
+        try:
+            size = os.stat(path).st_size
+        except FileNotFoundError:
+            return None
+        known = self._index.get(_PACK, digest.hex)
+        if known is None:
+            return path if self.adopt(digest, path) else None
+        return path if known == size else None
+
+    def adopt(self, digest: Digest, path: str) -> bool:
+        """Record a pack that the index does not know; False if it is not what its name says."""
+        try:
+            layout, refs = _named_pack(path, digest)
+        except (StoreError, FileNotFoundError):
+            return False
+        known = self._facts.locations(ref.digest for ref in refs.values())
+        self.record(digest, layout, [entry for entry in _entries(refs) if entry.ref.digest not in known])
+        return True
+
+    def record(self, digest: Digest, layout: PackLayout, entries: Iterable[Finished]) -> None:
+        """Record a complete pack, and that it is where these of its tensors lie."""
+        path = self._layout.pack(digest)
+        self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in entries})
+        self._index.put_many(_PACK, {digest.hex: layout.size})
+
+    def unknown(self) -> list[tuple[Digest, str]]:
+        """The packs on disk that the index does not know."""
+        known = {key for key, _ in self._index.iterate(_PACK)}
+        return [pack for pack in stored_digests(self._layout.packs, ".safetensors") if pack[0].hex not in known]
+
+    def forget(self, digests: Iterable[Digest] | None = None) -> None:
+        """Forget that packs are there: these, or all. Locations are another matter."""
+        keys = [key for key, _ in self._index.iterate(_PACK)] if digests is None else [d.hex for d in digests]
+        self._index.delete(_PACK, keys)
+
+    def locate_again(self, wanted: Iterable[Digest]) -> None:
+        """Look for tensors in the headers of all packs, and record where they lie."""
+        missing = set(wanted)
+        for digest, path in stored_digests(self._layout.packs, ".safetensors") if missing else ():
+            try:
+                layout, refs = _named_pack(path, digest)
+            except (StoreError, FileNotFoundError):
+                continue
+            held = [entry for entry in _entries(refs) if entry.ref.digest in missing]
+            self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in held})
+            missing -= {entry.ref.digest for entry in held}
+
+
+def place(path: str, layout: PackLayout, entry: Finished) -> Location:
+    """Where a tensor of a file with that layout lies."""
+    return Location(path, layout.offset(entry.name), entry.ref.spec.nbytes, entry.xxh3)
+
+
+def _named_pack(path: str, digest: Digest) -> tuple[PackLayout, dict[str, TensorRef]]:
+    layout, refs = read_pack_header(path)
+    if layout.digest(refs) != digest:
+        raise damaged(path, "another pack than its name says", "delete this file")
+    return layout, refs
+
+
+def _entries(refs: Mapping[str, TensorRef]) -> list[Finished]:
+    return [Finished(name, ref, None, None) for name, ref in refs.items()]

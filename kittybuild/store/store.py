@@ -1,0 +1,257 @@
+"""The local store: one object over packs, facts, manifests, files and roots.
+
+Absent is None, broken is a StoreError, doing it twice is harmless. Any thread, and any number of processes, may use one
+store at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+from kittybuild.digest import Digest, tagged
+from kittybuild.model.manifest import Manifest
+from kittybuild.store.content import Content
+from kittybuild.store.disk import Disk
+from kittybuild.store.facts import Facts, Location
+from kittybuild.store.index import Index
+from kittybuild.store.info import StoreInfo, store_info
+from kittybuild.store.layout import FORMAT, Layout
+from kittybuild.store.locks import held, take
+from kittybuild.store.pack import PackLayout
+from kittybuild.store.packs import Packs
+from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded, other_format
+from kittybuild.store.roots import Root, Roots
+from kittybuild.store.unfinished import Salvaged, Unfinished
+from kittybuild.store.writer import PATIENCE, FinishedPack, PackWriter, Part
+from kittybuild.tensors import TensorRef, TensorSpec
+
+__all__ = [
+    "DamagedTensor",
+    "FinishedPack",
+    "Location",
+    "PackWriter",
+    "Root",
+    "Salvaged",
+    "Store",
+    "StoreInfo",
+]
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+_META, _COMPLETE = "meta", "complete"
+
+
+class Store:
+    """An open store; `close` it, or use it as a context manager."""
+
+    def __init__(self, disk: Disk, paths: Layout, index: Index, lock: int) -> None:
+        self.disk = disk
+        self.root = paths.root
+        self._paths = paths
+        self._index = index
+        self._lock: int | None = lock
+        self._facts = Facts(index, paths)
+        self._packs = Packs(paths, index, self._facts)
+        self._content = Content(disk, paths, index, self._facts)
+        self._roots = Roots(disk, paths)
+        self._unfinished = Unfinished(disk, paths, self._packs, self._facts)
+
+    @classmethod
+    def open(cls, root: str, *, disk: Disk | None = None) -> Store:
+        """Open the store at `root`, or make one there. An index that is lost or corrupt is made anew."""
+        disk, paths = disk or Disk(), Layout(os.path.abspath(root))
+        _prepare(disk, paths)
+        lock = take(disk, paths.lock("store"), exclusive=False, patience=PATIENCE)
+        try:
+            with held(disk, paths.lock("index"), exclusive=True, patience=PATIENCE):
+                with guarded("open the index", paths.index):
+                    index = Index.open(paths.index, disk, lambda: _move_aside(disk, paths))
+                store = cls(disk, paths, index, lock)
+                if index.get(_META, _COMPLETE) != 1:
+                    store._learn()
+                    index.put_many(_META, {_COMPLETE: 1})
+        except BaseException:
+            disk.close(lock)
+            raise
+        return store
+
+    @classmethod
+    def exists(cls, root: str) -> bool:
+        """Whether there is a store at `root`, of whatever format."""
+        return os.path.isfile(Layout(os.path.abspath(root)).format)
+
+    def close(self) -> None:
+        """Let go of the store; twice is fine."""
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            with guarded("close", self.root):
+                self._unfinished.close()
+                self._index.close()
+                self.disk.close(lock)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Facts: what derivations made, where tensors lie, what source files hold.
+
+    def realisations(self, keys: Iterable[Digest]) -> dict[Digest, TensorRef]:
+        """What derivations are known to make; only the known ones."""
+        return self._facts.realisations(keys)
+
+    def realisation(self, key: Digest) -> TensorRef | None:
+        """What one derivation is known to make."""
+        return self.realisations([key]).get(key)
+
+    def realise(self, facts: Mapping[Digest, TensorRef]) -> None:
+        """Record what derivations made. What was known stays; raises StoreError if it differs."""
+        self._facts.realise(facts)
+
+    def locations(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
+        """Where tensors lie; only those whose file is there and long enough."""
+        return self._facts.locations(digests)
+
+    def location(self, digest: Digest) -> Location | None:
+        """Where one tensor lies."""
+        return self.locations([digest]).get(digest)
+
+    def memos(self, file_key: Digest) -> dict[str, Digest]:
+        """What is known of the tensors in one source file: name -> digest."""
+        return self._facts.memos(file_key)
+
+    def remember(self, file_key: Digest, facts: Mapping[str, Digest]) -> None:
+        """Add to what is known of one source file."""
+        self._facts.remember(file_key, facts)
+
+    def shortcut(self, key: Digest) -> Digest | None:
+        """The manifest that a whole stage is known to give; it may be gone."""
+        return self._facts.shortcut(key)
+
+    def set_shortcut(self, key: Digest, manifest: Digest) -> None:
+        """Record the manifest of a whole stage."""
+        self._facts.set_shortcut(key, manifest)
+
+    # Content: manifests and companion files.
+
+    def manifest(self, digest: Digest) -> Manifest | None:
+        """A manifest, verified; a damaged one is removed and absent."""
+        return self._content.manifest(digest)
+
+    def put_manifest(self, manifest: Manifest) -> Digest:
+        """Keep a manifest. Its realisations are recorded too, so it must be one that we made or trust."""
+        return self._content.put_manifest(manifest)
+
+    def file(self, digest: Digest) -> str | None:
+        """The path of a companion file, not verified."""
+        return self._content.file(digest)
+
+    def put_file(self, data: bytes) -> Digest:
+        """Keep a companion file."""
+        return self._content.put_file(data)
+
+    def read_file(self, digest: Digest) -> bytes | None:
+        """The bytes of a companion file, verified; a damaged one is removed and absent."""
+        return self._content.read_file(digest)
+
+    # Packs.
+
+    def pack(self, digest: Digest) -> str | None:
+        """The path of a complete pack. Its size is checked, its tensors are not read."""
+        with guarded("read", self._paths.pack(digest)):
+            return self._packs.path(digest)
+
+    def write_pack(self, tensors: Iterable[tuple[str, TensorSpec]]) -> PackWriter:
+        """Begin a pack of these tensors; a salvaged one of the same layout is gone on with in place."""
+        layout = PackLayout.of(tensors)
+        part = self._unfinished.take(layout) or Part.new(self.disk, self._paths, layout)
+        return PackWriter(self.disk, self._paths, self._packs, self._facts, part)
+
+    def salvage(self) -> Salvaged:
+        """Adopt what interrupted processes left: packs not in the index, finished tensors of unfinished packs."""
+        self._learn()
+        return self._unfinished.salvage()
+
+    def drop_salvaged(self) -> None:
+        """After a finished build: delete the unfinished packs that `salvage` adopted."""
+        self._unfinished.drop()
+
+    def discard(self, location_path: str) -> None:
+        """Set a damaged file aside and forget what lay in it, but for what is still good or lies elsewhere too."""
+        self._unfinished.discard(location_path)
+
+    # Roots, and the store as a whole.
+
+    def set_root(self, name: str, folder: str, manifest: Digest) -> None:
+        """Keep a manifest, and all that it needs, for the output `name` in `folder`."""
+        self._roots.set(Root(name, folder, manifest))
+
+    def drop_root(self, name: str, folder: str) -> None:
+        """Keep nothing for that output; absent is fine."""
+        self._roots.drop(name, folder)
+
+    def roots(self) -> tuple[Root, ...]:
+        """All roots."""
+        return self._roots.all()
+
+    def info(self) -> StoreInfo:
+        """What the store holds, in numbers."""
+        with guarded("read", self.root):
+            return store_info(self._paths, self._facts, self._roots)
+
+    def rebuild_index(self) -> None:
+        """Read all packs and manifests again. What cannot be read from them (memos, shortcuts) is kept as it is."""
+        self._packs.forget()
+        self._content.forget()
+        self._learn()
+
+    @contextmanager
+    def output_lock(self, folder: str) -> Iterator[None]:
+        """Be the only one to publish into `folder`; waits for another that does."""
+        name = tagged("kittybuild.output.v1", os.path.realpath(folder)).hex
+        with held(self.disk, self._paths.lock(name), exclusive=True, patience=PATIENCE):
+            yield
+
+    def _learn(self) -> None:
+        """Record the packs and manifests that are on disk and not in the index; set aside packs that are no packs."""
+        with guarded("read", self.root):
+            for digest, path in self._packs.unknown():
+                if not self._packs.adopt(digest, path):
+                    self._unfinished.discard(path)
+            self._content.adopt_unknown()
+
+
+def _prepare(disk: Disk, paths: Layout) -> None:
+    """See that the folder is a store of our format, and make what is missing of it."""
+    try:
+        found = _format(paths)
+        if found is not None and found != FORMAT.encode():
+            raise other_format(paths.root, found[:40].decode(errors="replace").strip(), FORMAT.strip())
+        for folder in (paths.root, *paths.folders):
+            disk.makedirs(folder)
+        if found is None:
+            disk.write_file(paths.format, FORMAT.encode(), mode=0o644)
+        disk.close(disk.open_lock(paths.lock("store")))
+    except OSError as error:
+        refused = error.errno in _REFUSED
+        raise cannot_open(paths.root, error) if refused else failure(error, "open", paths.root) from error
+
+
+def _format(paths: Layout) -> bytes | None:
+    try:
+        with open(paths.format, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _move_aside(disk: Disk, paths: Layout) -> None:
+    """Move a corrupt index to where it harms nobody."""
+    with guarded("move aside", paths.index), suppress(FileNotFoundError):  # another process was first
+        disk.rename(paths.index, os.path.join(paths.tmp, f"damaged-index-{os.urandom(16).hex()}"))
