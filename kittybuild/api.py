@@ -1,4 +1,4 @@
-"""The Python API: plan and build a recipe. What the commands do, without printing, exiting or reading the environment."""
+"""The Python API: plan and build a recipe, as the commands do, without printing, exiting or reading the environment."""
 
 from __future__ import annotations
 

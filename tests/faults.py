@@ -13,11 +13,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
@@ -32,6 +33,13 @@ from kittybuild.tensors import DType, TensorRef, TensorSpec
 
 OPERATIONS = tuple(name for name in vars(Disk) if not name.startswith("_"))
 OPENING = ("create", "open_append", "open_update", "open_lock")
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """A temporary folder, in memory where that can be: SQLite syncs, and a test of faults builds hundreds of times."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as path:
+        yield Path(path)
 
 
 class Killed(BaseException):
@@ -125,6 +133,7 @@ class PowerCutDisk(Disk):
 
     Only what was synced is sure. `cut` writes what is left into a new folder: of each file the bytes of its last sync
     (unsynced ones are zeros); of each folder, with `keep_names`, the names as they are now, else those of its last sync.
+    SQLite writes the index without us: of it, with `keep_index`, what there was when its log was last synced.
     """
 
     def __init__(self, root: str, at: Callable[[PowerCutDisk], None] | None = None) -> None:
@@ -132,6 +141,7 @@ class PowerCutDisk(Disk):
         self.at = at
         self._contents: dict[int, bytes] = {}
         self._names: dict[str, dict[str, int]] = {}
+        self._index: dict[str, bytes] = {}
 
     def create(self, path: str, size: int = 0) -> int:
         fd = super().create(path, size)
@@ -151,6 +161,8 @@ class PowerCutDisk(Disk):
     def sync_dir(self, path: str) -> None:
         super().sync_dir(path)
         self._names[os.path.abspath(path)] = _listed(path)
+        if os.path.basename(path) == "index":
+            self._index = {name: _bytes(os.path.join(path, name)) for name in _listed(path) if not name.endswith("-shm")}
         self._passed()
 
     def rename(self, src: str, dst: str) -> None:
@@ -161,11 +173,14 @@ class PowerCutDisk(Disk):
         super().unlink(path)
         self._passed()
 
-    def cut(self, target: str, *, keep_names: bool) -> None:
-        """Write what a power cut would leave, without the index, to `target`."""
-        shutil.rmtree(target, ignore_errors=True)
+    def cut(self, target: str, *, keep_names: bool, keep_index: bool = False) -> None:
+        """Write what a power cut would leave to `target`."""
         os.makedirs(target)
         self._survive(self.root, target, keep_names)
+        for name, data in self._index.items() if keep_index else ():
+            os.makedirs(f"{target}/index", exist_ok=True)
+            with open(f"{target}/index/{name}", "wb") as file:
+                file.write(data)
 
     def _survive(self, folder: str, target: str, keep_names: bool) -> None:
         now = _listed(folder)
@@ -183,6 +198,11 @@ class PowerCutDisk(Disk):
     def _passed(self) -> None:
         if self.at is not None:
             self.at(self)
+
+
+def _bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _listed(folder: str) -> dict[str, int]:
@@ -295,8 +315,7 @@ def assert_sound(root: str, digests: Iterable[Digest] = ()) -> None:
             for name, ref in refs.items():
                 assert _digest_at(path, layout.offset(name), ref.spec.nbytes) == ref.digest
         for digest, path in (*stored_digests(paths.manifests, ".json"), *stored_digests(paths.files)):
-            with open(path, "rb") as file:
-                assert Digest.of(file.read()) == digest
+            assert Digest.of(_bytes(path)) == digest
         for digest, location in store.locations(digests).items():
             assert _digest_at(location.path, location.offset, location.nbytes) == digest
         for kept in store.roots():

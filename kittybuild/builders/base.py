@@ -1,4 +1,4 @@
-"""What a builder is: a name, a version, and `prepare`, which may look at whole tensors and returns a function of blocks.
+"""What a builder is: a name, a version, and `prepare`, which may look at all blocks and returns a function of one.
 
 `prepare(job)` is the measuring pass; the function that it returns must give the same bits for every way of cutting the
 tensor into blocks. A block starts at a multiple of BLOCK elements and is a multiple of BLOCK long, but for the last.

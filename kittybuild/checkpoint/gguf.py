@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from kittybuild.errors import SourceError, nearest
 from kittybuild.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
     from numpy.typing import NDArray
 
 CONFIG = "config.json"
@@ -119,13 +120,12 @@ def derived_companion(path: str, name: str) -> bytes:
             known = (CONFIG, GENERATION_CONFIG, *gguf_tokenizer.FILES)
             raise SourceError("KB219", f"no {name} can be made from it", at=path, hint=nearest(name, known))
         return files[name]
-    config = dict(read_gguf(path).config or {})
     if name == CONFIG:
-        return json_bytes(config)
+        return json_bytes(dict(read_gguf(path).config or {}))
     header = read_header(path)
-    more = (header.get(f"tokenizer.ggml.{end}_token_id", int) for end in ("eot", "eom"))
-    ends = list(dict.fromkeys(end for end in (config["eos_token_id"], *more) if end is not None))
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    ids = {f"{role}_token_id": number for role, number in gguf_tokenizer.token_ids(header).items() if role != "unk"}
+    turns = [header.get(f"tokenizer.ggml.{end}_token_id", int) for end in ("eot", "eom")]
+    ends = list(dict.fromkeys(end for end in (ids.get("eos_token_id"), *turns) if end is not None))
     return json_bytes({**ids, "eos_token_id": ends} if len(ends) > 1 else ids)
 
 
@@ -143,22 +143,22 @@ def decode_rows(entry: Entry, read: Callable[[int, int], Any], start: int, stop:
     rows = math.prod(leading)
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"rows {start} to {stop} of {rows}")
-    wanted, width = numpy.arange(start, stop), columns
+    if entry.heads and not leading:
+        order = _stored_rows(numpy.arange(columns), columns // entry.heads)
+        return numpy.take(decode_rows(replace(entry, heads=0), read, start, stop), order, axis=1)
+    if start == stop:
+        return numpy.empty((0, columns), _numpy_dtype(entry))
+    wanted = numpy.arange(start, stop)
     if entry.heads:
-        # A bias is permuted as a matrix of one column.
-        wanted, width = (wanted, columns) if leading else (numpy.arange(start * columns, stop * columns), 1)
-        wanted = _stored_rows(wanted, (rows if leading else columns) // entry.heads)
-    if not wanted.size:
-        return numpy.empty((stop - start, columns), _numpy_dtype(entry))
-    first, row_bytes = int(wanted.min()), width // block * size
+        wanted = _stored_rows(wanted, rows // entry.heads)
+    first, row_bytes = int(wanted.min()), columns // block * size
     nbytes = (int(wanted.max()) + 1 - first) * row_bytes
     data = read(entry.offset + first * row_bytes, nbytes)
     if len(data) != nbytes:
         raise SourceError("KB214", f"{entry.name}: the file ends early", at=entry.file, hint="get the file again")
     stored = numpy.frombuffer(data, numpy.uint8).reshape(-1, row_bytes)
     stored = stored[wanted - first] if entry.heads else stored
-    decoded = _decoded(stored, kind, _numpy_dtype(entry))
-    return decoded.reshape(stop - start, columns)
+    return _decoded(stored, kind, _numpy_dtype(entry)).reshape(stop - start, columns)
 
 
 def _stored_rows(rows: NDArray[Any], head: int) -> NDArray[Any]:
@@ -172,7 +172,7 @@ def _numpy_dtype(entry: Entry) -> str:
     return {DType.F16: "<f2", DType.BF16: "<u2"}.get(entry.spec.dtype, "<f4")
 
 
-def _decoded(stored: NDArray[Any], kind: Any, dtype: str) -> NDArray[Any]:
+def _decoded(stored: NDArray[Any], kind: GGMLQuantizationType, dtype: str) -> NDArray[Any]:
     """A new array with the values of whole blocks."""
     import numpy
     from gguf import GGML_QUANT_SIZES
@@ -182,7 +182,7 @@ def _decoded(stored: NDArray[Any], kind: Any, dtype: str) -> NDArray[Any]:
         return numpy.array(stored.reshape(-1).view(dtype))
     block, size = GGML_QUANT_SIZES[kind]
     blocks = stored.reshape(-1, size)
-    values = numpy.empty(len(blocks) * block, dtype)
+    values: NDArray[Any] = numpy.empty(len(blocks) * block, dtype)
     step = max(1, _PIECE // block)
     with numpy.errstate(all="ignore"):  # a scale may be infinite or NaN: then so are the values
         for at in range(0, len(blocks), step):
@@ -210,7 +210,7 @@ def _check_names(header: Header, family: _Family, layers: int) -> dict[str, bool
     always = family.always.union(*(members for flag, members in family.flags if flags[flag]))
     missing = [f"blk.{number}.{suffix}" for number, there in found.items() for suffix in sorted(always - there)]
     missing += sorted(outer - {"output.weight"} - set(header.tensors))
-    if missing or layers > len(found):
+    if missing:
         raise header.error("KB216", f"tensors are missing: {_some(missing)}")
     return flags
 
@@ -225,8 +225,9 @@ def _sizes(header: Header, architecture: str) -> dict[str, int]:
     heads = header.size(f"{architecture}.attention.head_count")
     groups = header.size(f"{architecture}.attention.head_count_kv", heads)
     head = header.size(f"{architecture}.attention.key_length", max(1, hidden // heads))
-    if head % 2:
-        raise header.error("KB218", f"a head of {head} rows has no halves to rotate", OTHER_FILES)
+    if head % 2 or heads % groups:
+        what = f"{heads} heads of {head} rows over {groups} key heads are no attention"
+        raise header.error("KB218", what, OTHER_FILES)
     sizes = {"V": header.tensors["token_embd.weight"].shape[0], "H": hidden, "D": head, "heads": heads}
     sizes |= {"F": header.size(f"{architecture}.feed_forward_length"), "Q": heads * head, "K": groups * head}
     return {**sizes, "groups": groups}

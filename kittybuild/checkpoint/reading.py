@@ -103,7 +103,7 @@ class GgufReader:
         first, last = start // row, -(-(start + len(buffer)) // row)
         rows = decode_rows(self.entry, self._stored, first, last)
         begin = start - first * row
-        buffer[:] = memoryview(rows.reshape(-1).view("uint8"))[begin : begin + len(buffer)]
+        buffer[:] = memoryview(rows.reshape(-1).view("uint8").data)[begin : begin + len(buffer)]
 
     def _stored(self, offset: int, nbytes: int) -> bytearray:
         stored = bytearray(nbytes)

@@ -1,4 +1,4 @@
-"""The commands. The only part that prints, exits or reads the environment; each command's module is imported when used."""
+"""The commands: the only part that prints, exits or reads the environment. A command is imported when it is used."""
 
 from __future__ import annotations
 

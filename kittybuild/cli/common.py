@@ -18,7 +18,7 @@ from kittybuild.recipe.parse import parse_size
 INTERRUPTED = 130
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """A size such as 500MB or 4GB, in bytes."""
 
     name = "size"

@@ -76,7 +76,7 @@ class Output:
         rounded = result.to(self._dtype)
         if self.spec.dtype.is_float and not bool(torch.isfinite(rounded).all()):
             self.nonfinite += int((~torch.isfinite(rounded)).sum())
-        self.put_bytes(memoryview(rounded.contiguous().view(torch.uint8).numpy()))
+        self.put_bytes(memoryview(rounded.contiguous().view(torch.uint8).numpy().data))
 
     def put_bytes(self, data: memoryview) -> None:
         """The next bytes of the result, as they are."""

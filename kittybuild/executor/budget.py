@@ -1,4 +1,4 @@
-"""One memory budget for all workers: block sizes that fit caches and the budget, and admission of work. Pure but waits."""
+"""One memory budget for all workers: block sizes that fit caches and the budget, and admission of work."""
 
 from __future__ import annotations
 

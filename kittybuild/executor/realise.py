@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A tensor just made: content, checksum, derivation key (None: taken over), and how many elements are not finite."""
+    """A tensor just made: content, checksum, key (None: taken over), and how many elements are not finite."""
 
     ref: TensorRef
     xxh3: str

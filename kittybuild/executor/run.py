@@ -169,7 +169,8 @@ class _Run:
 
     def _copy(self, writer: PackWriter, name: str, ref: TensorRef | None) -> None:
         location = self.known.location(ref.digest) if ref else None
-        assert ref is not None and location is not None  # the caller looked
+        assert ref is not None  # the caller looked
+        assert location is not None
         writer.copy(name, ref, location)
 
     def _done(self, writer: PackWriter, name: str, made: Made, result: StageResult) -> None:

@@ -45,10 +45,14 @@ class Known:
         """The content of an input, or of the derivation behind tensor `name` of `stage`, if it is known."""
         if isinstance(step, Derivation):
             return self._refs.get(StageTensor(stage, name, step.spec))
-        if step not in self._refs and isinstance(step, SourceTensor):
-            if digest := self._memo(self.entry(step).file).get(memo_name(self.entry(step))):
-                self._refs[step] = TensorRef(digest, step.spec)
+        if isinstance(step, SourceTensor) and step not in self._refs:
+            self._recall(step)
         return self._refs.get(step)
+
+    def _recall(self, tensor: SourceTensor) -> None:
+        entry = self.entry(tensor)
+        if digest := self._memo(entry.file).get(memo_name(entry)):
+            self._refs[tensor] = TensorRef(digest, tensor.spec)
 
     def _memo(self, path: str) -> Mapping[str, Digest]:
         if path not in self._memos:

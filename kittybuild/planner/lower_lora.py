@@ -45,19 +45,19 @@ def lower_lora(
     dtype = stage.out_dtype or stage.dtype
     steps: dict[str, Step] = {}
     for name in sorted(base.tensors, key=natural):
-        weight = base.tensors[name]
-        output = weight.spec.with_dtype(dtype) if dtype and weight.spec.dtype.is_float else weight.spec
+        given = base.tensors[name]
+        output = given.spec.with_dtype(dtype) if dtype and given.spec.dtype.is_float else given.spec
         module = name.removesuffix(".weight")
         here = [use for use in applied if module in use.adapter.modules and name.endswith(".weight")]
         if here:
             scales = [use.weight * use.adapter.modules[module].scale for use in here]
             params = {"scales": scales, "transposed": here[0].adapter.transposed}
-            inputs = (weight, *(factor for use in here for factor in _factors(use, module)))
+            inputs = (given, *(factor for use in here for factor in _factors(use, module)))
             steps[name] = Derivation("lora", builders["lora"].version, params, inputs, output)
-        elif output != weight.spec:
-            steps[name] = Derivation("cast", builders["cast"].version, {}, (weight,), output)
+        elif output != given.spec:
+            steps[name] = Derivation("cast", builders["cast"].version, {}, (given,), output)
         else:
-            steps[name] = weight
+            steps[name] = given
     return steps
 
 

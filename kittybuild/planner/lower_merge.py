@@ -114,7 +114,8 @@ class MergeLowering:
             yield Row(name, part, (name,) * len(part.sources), t)
 
     def _sliced(self, parts: tuple[Slice, ...]) -> Iterator[Row]:
-        if not all([self._range_fits(use) for part in parts for use in part.sources]):
+        fits = [self._range_fits(use) for part in parts for use in part.sources]
+        if not all(fits):
             return
         total = 0
         for index, part in enumerate(parts):

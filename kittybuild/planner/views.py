@@ -97,8 +97,6 @@ def fingerprints(paths: Mapping[str, str]) -> dict[str, Digest]:
     """The identity of each source as `stat` tells it."""
     return {name: fingerprint(path) for name, path in paths.items()}
 
-    raise_all(problems)
-
 
 def need_adapter(sources: Sources, name: str, at: At) -> Checkpoint:
     """The adapter source `name`; PlanError KB307 if it is a model."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kittybuild.digest import Digest
-from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor, Step
+from kittybuild.model.derivation import Derivation, StageTensor, Step
 from kittybuild.model.manifest import pack_digest
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
 from kittybuild.planner.known import Known
@@ -61,17 +61,15 @@ def stage_work(plan: Plan, name: str, known: Known) -> StageWork:
     stage = plan.stages[name]
     if not stage.shards:
         needed = demand(plan, known).get(name, frozenset()) if stage.keep else frozenset()
-        compute = tuple(tensor for tensor in stage.steps if tensor in needed)
-        return StageWork(stage, (), compute, (), tuple(tensor for tensor in stage.steps if tensor not in needed))
+        made = tuple(tensor for tensor in stage.steps if tensor in needed)
+        return StageWork(stage, (), made, (), tuple(tensor for tensor in stage.steps if tensor not in needed))
     shards = tuple(shard_work(stage, names, known) for names in stage.shards)
-    compute, copy, there = [], [], []
-    for shard in shards:
-        for tensor, _ in shard.layout.tensors:
-            if shard.present:
-                there.append(tensor)
-            else:
-                (copy if has_bytes(known, stage.steps[tensor], stage.name, tensor) else compute).append(tensor)
-    return StageWork(stage, shards, tuple(compute), tuple(copy), tuple(there))
+    there = tuple(tensor for shard in shards if shard.present for tensor, _ in shard.layout.tensors)
+    rest = [tensor for shard in shards if not shard.present for tensor, _ in shard.layout.tensors]
+    copy = tuple(tensor for tensor in rest if has_bytes(known, stage.steps[tensor], name, tensor))
+    copied = frozenset(copy)
+    compute = tuple(tensor for tensor in rest if tensor not in copied)
+    return StageWork(stage, shards, compute, copy, there)
 
 
 def has_bytes(known: Known, step: Step, stage: str, name: str) -> bool:
@@ -108,12 +106,3 @@ def demand(plan: Plan, known: Known) -> Mapping[str, frozenset[str]]:
                         run(step)
     return {stage: frozenset(names) for stage, names in needed.items()}
 
-
-def sources_read(plan: Plan, work: StageWork) -> dict[SourceTensor, int]:
-    """The source tensors that a stage's computed tensors read, each with its bytes."""
-    read: dict[SourceTensor, int] = {}
-    for name in work.compute:
-        for given in inputs_of(work.stage.steps[name]):
-            if isinstance(given, SourceTensor):
-                read[given] = given.spec.nbytes
-    return read

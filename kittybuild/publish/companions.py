@@ -1,4 +1,4 @@
-"""The files that travel with the weights: the donor's, byte for byte, and its config.json where the merge changed it."""
+"""The files that travel with the weights: the donor's, byte for byte, but for a config.json that the merge changes."""
 
 from __future__ import annotations
 

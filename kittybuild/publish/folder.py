@@ -105,7 +105,7 @@ def _leftovers(folder: str, wanted: set[str]) -> set[str]:
 
 
 def _our_files(folder: str) -> frozenset[str]:
-    """What an earlier build put into the folder, from its kittybuild.json; raises BuildError KB504 if it is not ours."""
+    """What an earlier build put into the folder; raises BuildError KB504 if the folder is not ours."""
     if not os.path.isdir(folder):
         if os.path.lexists(folder):
             raise BuildError("KB504", "a file stands where the output folder goes", at=folder, hint="move it away")

@@ -98,7 +98,8 @@ def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> Mo
         hint = "[start, end): counted from 0, the end is not taken"
         scope.fail("KB113", f"layer_range {layers} holds no layer", scope.at(*path, "layer_range"), hint)
         return None
-    return model and ModelUse(model, tuple(layers) if layers else None, parameters, scope.at(*path))
+    span = (layers[0], layers[1]) if layers else None
+    return ModelUse(model, span, parameters, scope.at(*path)) if model else None
 
 
 def _slice(item: SliceText, scope: Scope, method: Method | None, index: int) -> Slice | None:

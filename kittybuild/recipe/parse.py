@@ -151,10 +151,8 @@ def _stage(
     kind = value.get("kind", "merge")
     schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
     if schema is None:
-        at = str(document.at((*path, "kind")))
-        problems.append(
-            RecipeError("KB103", f"unknown kind of stage {kind!r}", at=at, hint=nearest(str(kind), STAGE_KINDS))
-        )
+        where, hint = str(document.at((*path, "kind"))), nearest(str(kind), STAGE_KINDS)
+        problems.append(RecipeError("KB103", f"unknown kind of stage {kind!r}", at=where, hint=hint))
         return None
     form = check(schema, value, document, problems, path)
     if form is None:
@@ -164,7 +162,9 @@ def _stage(
     at = document.key_at(path) if path else document.at(path)
     if isinstance(form, MergeText):
         stage = merge_stage(form, Scope(document, path, tuple(methods), problems, notes))
-        return stage and replace(stage, name=name, at=at, keep=form.keep, **dtypes)
+        if stage is None:
+            return None
+        return replace(stage, name=name, at=at, keep=form.keep, dtype=dtypes["dtype"], out_dtype=dtypes["out_dtype"])
     return _apply_lora(name, form, document, path, problems, at, dtypes)
 
 
@@ -183,7 +183,9 @@ def _apply_lora(
         here = document.at((*path, "adapters", index))
         if adapter := parse_reference(item.adapter, here, problems):
             adapters.append(AdapterUse(adapter, item.weight, here))
-    return base and ApplyLoraStage(name, base, tuple(adapters), keep=form.keep, at=at, **dtypes)
+    if base is None:
+        return None
+    return ApplyLoraStage(name, base, tuple(adapters), keep=form.keep, at=at, **dtypes)
 
 
 def _dtypes(

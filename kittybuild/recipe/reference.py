@@ -32,15 +32,17 @@ def _from_text(text: str, at: At) -> ModelRef:
     model, sign, adapter = text.strip().partition("+")
     if "+" in adapter or (sign and not adapter):
         raise ValueError(f"{text!r} has not exactly one adapter after the '+'")
-    return ModelRef(*_part(model), *(_part(adapter) if adapter else (None, None)), at=at)
+    name, revision = _part(model)
+    adapter_name, adapter_revision = _part(adapter) if adapter else (None, None)
+    return ModelRef(name, revision, adapter_name, adapter_revision, at)
 
 
 def _from_mapping(value: Any, at: At) -> ModelRef:
     if not isinstance(value, Mapping) or "model" not in value or set(value) - {"model", "lora"}:
         raise ValueError("a mapping has 'model', and 'lora' or not")
-    model = _side(value["model"])
-    adapter = _side(value["lora"]) if value.get("lora") is not None else (None, None)
-    return ModelRef(*model, *adapter, at=at)
+    name, revision = _side(value["model"])
+    adapter, adapter_revision = _side(value["lora"]) if value.get("lora") is not None else (None, None)
+    return ModelRef(name, revision, adapter, adapter_revision, at)
 
 
 def _side(value: Any) -> tuple[str, str | None]:

@@ -58,7 +58,7 @@ def _numbers(values: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
 
 
 def resolve(param: Param, scopes: Sequence[tuple[Parameters, str]], t: float) -> Resolved | None:
-    """The value of `param`: from the first scope (parameters, tensor name to filter by) that gives one, else the default.
+    """The value of `param` from the first scope (parameters, name to filter by) that gives one, else the default.
 
     None: it is required and nobody gives it. Raises RecipeError KB106 for a value of the wrong type or range.
     """

@@ -76,7 +76,7 @@ class _Reader:
         self.open: set[int] = set()
         self.count = 0
 
-    def document(self, node: yaml.Node) -> Document:
+    def document(self, node: Any) -> Document:
         value = self.read(node, ())
         return Document(value, self.file, MappingProxyType(self.values), MappingProxyType(self.keys))
 
@@ -121,8 +121,9 @@ class _Reader:
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise self.fail(key, "a key that is not plain text", "keys are words")
-            self.keys[(*path, key.value)] = self.place(key)
-            result[key.value] = self.read(item, (*path, key.value))
+            here = (*path, key.value)
+            self.keys[here] = self.place(key)
+            result[key.value] = self.read(item, here)
         return result
 
     def complain_of_duplicates(self, node: yaml.MappingNode) -> None:

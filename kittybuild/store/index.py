@@ -19,7 +19,7 @@ from xxhash import xxh3_64_hexdigest
 from kittybuild.digest import Json, canonical
 from kittybuild.errors import StoreError
 from kittybuild.store.disk import Disk
-from kittybuild.store.problems import full, index_failed, locked
+from kittybuild.store.problems import full, guarded, index_failed, locked
 
 _PATIENCE = 300.0
 _MOST_VARIABLES = 500
@@ -62,8 +62,9 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]
 class Index:
     """Facts by kind and key. Thread-safe, and safe between processes."""
 
-    def __init__(self, folder: str, cache: Any, move_aside: Callable[[], None]) -> None:
+    def __init__(self, folder: str, disk: Disk, cache: Any, move_aside: Callable[[], None]) -> None:
         self._folder = folder
+        self._disk = disk
         self._cache = cache
         self._move_aside = move_aside
 
@@ -75,14 +76,14 @@ class Index:
         """
         disk.makedirs(folder)
         try:
-            return cls(folder, _open_cache(folder), move_aside)
+            return cls(folder, disk, _open_cache(folder), move_aside)
         except (sqlite3.DatabaseError, diskcache.Timeout) as error:
             if not _is_corrupt(error):
                 raise _problem(folder, error) from error
         move_aside()
         disk.makedirs(folder)
         try:
-            return cls(folder, _open_cache(folder), move_aside)
+            return cls(folder, disk, _open_cache(folder), move_aside)
         except (sqlite3.DatabaseError, diskcache.Timeout) as error:
             raise _problem(folder, error) from error
 
@@ -90,6 +91,19 @@ class Index:
         """Close the database in this thread."""
         with self._guard():
             self._cache.close()
+
+    def sync(self) -> None:
+        """Return when all facts so far are on the disk: they are in SQLite's log, which it syncs only now and then."""
+        log = os.path.join(self._folder, f"{diskcache.core.DBNAME}-wal")
+        if not os.path.exists(log):  # then all facts are in the database itself, and synced
+            return
+        with guarded("sync", log):
+            fd = self._disk.open_append(log)
+            try:
+                self._disk.fsync(fd)
+            finally:
+                self._disk.close(fd)
+            self._disk.sync_dir(self._folder)
 
     def get(self, kind: str, key: str) -> Json:
         """The fact, or None."""

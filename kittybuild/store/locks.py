@@ -39,6 +39,12 @@ def take(disk: Disk, path: str, *, exclusive: bool, patience: float) -> int:
     return fd
 
 
+def release(disk: Disk, path: str, fd: int) -> None:
+    """Free a lock that was taken."""
+    with guarded("unlock", path):
+        disk.close(fd)
+
+
 @contextmanager
 def held(disk: Disk, path: str, *, exclusive: bool, patience: float) -> Iterator[None]:
     """Hold a lock for the length of a block."""
@@ -46,4 +52,4 @@ def held(disk: Disk, path: str, *, exclusive: bool, patience: float) -> Iterator
     try:
         yield
     finally:
-        disk.close(fd)
+        release(disk, path, fd)

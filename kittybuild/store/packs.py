@@ -54,6 +54,10 @@ class Packs:
         self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in entries})
         self._index.put_many(_PACK, {digest.hex: layout.size})
 
+    def sync(self) -> None:
+        """Return when what is recorded is on the disk."""
+        self._index.sync()
+
     def unknown(self) -> list[tuple[Digest, str]]:
         """The packs on disk that the index does not know."""
         known = {key for key, _ in self._index.iterate(_PACK)}

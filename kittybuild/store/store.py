@@ -20,7 +20,7 @@ from kittybuild.store.facts import Facts, Location
 from kittybuild.store.index import Index
 from kittybuild.store.info import StoreInfo, store_info
 from kittybuild.store.layout import FORMAT, Layout
-from kittybuild.store.locks import held, take
+from kittybuild.store.locks import held, release, take
 from kittybuild.store.pack import PackLayout
 from kittybuild.store.packs import Packs
 from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded, other_format
@@ -74,7 +74,7 @@ class Store:
                     store._learn()
                     index.put_many(_META, {_COMPLETE: 1})
         except BaseException:
-            disk.close(lock)
+            release(disk, paths.lock("store"), lock)
             raise
         return store
 

@@ -148,6 +148,7 @@ class PackWriter:
             self._close()
         # The journal goes last: without its file it still tells salvage which derivations made the tensors.
         self._facts.realise({entry.key: entry.ref for entry in self._done.values() if entry.key is not None})
+        self._packs.sync()
         with guarded("tidy up after", self._part.path):
             self._disk.unlink(self._part.journal)
         return FinishedPack(digest, path, self.layout.size)

@@ -91,7 +91,8 @@ def _agreed(deltas: list[Tensor], weights: list[float], *, normalize: bool) -> T
         mixed = part if mixed is None else mixed.add_(part)
         share = agrees.to(delta.dtype).mul_(weight)
         divisor = share if divisor is None else divisor.add_(share)
-    assert mixed is not None and divisor is not None  # there is a delta
+    assert mixed is not None  # there is a delta
+    assert divisor is not None
     return mixed.div_(divisor.masked_fill_(divisor == 0, 1.0)) if normalize else mixed
 
 
