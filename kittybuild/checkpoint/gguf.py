@@ -1,6 +1,6 @@
 """GGUF files as sources: Hugging Face names, shapes, rows and config over the bytes that llama.cpp stores.
 
-Every tensor of the file is an entry, or known to say nothing that the config does not say; any other is an error.
+Every tensor of a file is an entry, or in its config, or in a note; one that is unknown is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kittybuild.checkpoint import gguf_tokenizer
-from kittybuild.checkpoint.gguf_tokenizer import OTHER_FILES, Header, json_bytes, read_header
+from kittybuild.checkpoint.gguf_header import OTHER_FILES, Header, read_header
+from kittybuild.checkpoint.gguf_tokenizer import json_bytes
 from kittybuild.checkpoint.source import RAW, Checkpoint, Companion, Entry
 from kittybuild.errors import SourceError, nearest
 from kittybuild.tensors import DType, TensorSpec

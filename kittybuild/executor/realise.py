@@ -132,7 +132,7 @@ class _Nowhere:
 
 
 def remember_sources(known: Known, store: Store) -> None:
-    """Keep the digests of source tensors for the next build; raises SourceError KB210 if a file changed meanwhile."""
+    """Keep the digests of source tensors for the next build; raises SourceError KB220 if a file changed meanwhile."""
     facts: dict[str, dict[str, Digest]] = {}
     for given, ref in known.contents():
         if isinstance(given, SourceTensor):
@@ -145,4 +145,4 @@ def remember_sources(known: Known, store: Store) -> None:
                 store.remember(before.key(), found)
                 continue
         hint = "build again when nothing writes to it"
-        raise SourceError("KB210", "the file changed while it was read", at=os.fspath(path), hint=hint)
+        raise SourceError("KB220", "the file changed while it was read", at=os.fspath(path), hint=hint)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
 from kittybuild.errors import BuildError
 from kittybuild.executor.budget import Budget
+from kittybuild.executor.crew import Crew
 from kittybuild.executor.events import Events
 from kittybuild.executor.realise import Made, Realiser, remember_sources
 from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor
@@ -24,13 +26,14 @@ from kittybuild.model.plan import StagePlan
 from kittybuild.planner.known import Known
 from kittybuild.planner.lower import DEFAULT_SHARD, shards_of
 from kittybuild.planner.work import Shard, has_bytes, layout_of, stage_work
-from kittybuild.store.pack import PackLayout
 from kittybuild.store.problems import DamagedTensor
 from kittybuild.store.store import Store
 from kittybuild.store.writer import PackWriter
 from kittybuild.tensors import TensorRef
 
 ATTEMPTS = 5
+FLUSH_EVERY = 128_000_000
+OPEN_PACKS = 8
 
 
 @dataclass
@@ -62,9 +65,9 @@ def run(known: Known, store: Store, builders: Builders, limits: Limits, events: 
     torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
     for attempt in range(ATTEMPTS):
         current = known if attempt == 0 else Known(known.plan, known.sources, store)
-        with Files() as files, ThreadPoolExecutor(limits.jobs) as pool, ThreadPoolExecutor(1) as finisher:
+        with Files() as files, Crew(limits.jobs) as crew:
             try:
-                state = _Run(current, store, builders, limits, events, files, pool, finisher)
+                state = _Run(current, store, builders, limits, events, files, crew)
                 return state.all_stages(), (files.bytes_read, state.written)
             except DamagedTensor as damage:
                 events.note(f"{damage.path} is damaged: it is set aside and its tensors are made again")
@@ -93,15 +96,14 @@ class _Run:
         limits: Limits,
         events: Events,
         files: Files,
-        pool: ThreadPoolExecutor,
-        finisher: ThreadPoolExecutor,
+        crew: Crew,
     ) -> None:
-        self.known, self.store, self.events, self.pool, self.finisher = known, store, events, pool, finisher
+        self.known, self.store, self.events, self.crew = known, store, events, crew
         self.budget = Budget(limits.memory)
         share = self.budget.total // limits.jobs
         self.realiser = Realiser(known, store, files, builders, share)
-        self.stopped = threading.Event()
-        self.written = 0
+        self.written = self.unflushed = 0
+        self.counting = threading.Lock()
 
     def all_stages(self) -> dict[str, StageResult]:
         results = {}
@@ -119,9 +121,13 @@ class _Run:
         if not stage.shards:
             groups = shards_of({name: stage.steps[name] for name in work.compute}, DEFAULT_SHARD)
             shards = [Shard(layout_of(stage, names), None, False) for names in groups if names]
-        finished = [self._shard(stage, shard, result) for shard in shards]
-        for shard, done in zip(shards, finished, strict=True):
-            result.shards.append(_await(done, self.stopped))
+        begun: list[tuple[Shard, Future[ManifestShard]]] = []
+        for index, shard in enumerate(shards):
+            begun.append((shard, self._shard(stage, shard, result)))
+            if index >= OPEN_PACKS:
+                self.crew.result(begun[index - OPEN_PACKS][1])
+        for shard, done in begun:
+            result.shards.append(self.crew.result(done))
             result.linked += shard.present
             result.written += not shard.present
             self.written += 0 if shard.present else shard.layout.size
@@ -135,25 +141,23 @@ class _Run:
             ready.set_result(ManifestShard(shard.digest, shard.layout.size, names))
             return ready
         writer = self.store.write_pack(shard.layout.tensors)
-        tasks = [self.pool.submit(self._fill, stage, name, writer, result) for name, _ in shard.layout.tensors]
-        return self.finisher.submit(self._finish, writer, tasks, shard.layout)
+        tasks = [self.crew.make(partial(self._fill, stage, name, writer, result)) for name in names]
+        return self.crew.finish(partial(self._finish, writer, tasks, names))
 
-    def _finish(self, writer: PackWriter, tasks: list[Future[None]], layout: PackLayout) -> ManifestShard:
+    def _finish(self, writer: PackWriter, tasks: list[Future[None]], names: tuple[str, ...]) -> ManifestShard:
+        """The pack of finished tensors; one that is cut short is left for the next run to salvage."""
         try:
             for task in tasks:
-                _await(task, self.stopped)
+                task.result()
             pack = writer.finish()
         except BaseException:
-            self.stopped.set()
             wait(tasks)
             writer.abandon()
             raise
-        return ManifestShard(pack.digest, pack.size, tuple(name for name, _ in layout.tensors))
+        return ManifestShard(pack.digest, pack.size, names)
 
     def _fill(self, stage: StagePlan, name: str, writer: PackWriter, result: StageResult) -> None:
         """One tensor into its place in a pack."""
-        if self.stopped.is_set():
-            return
         step = stage.steps[name]
         tensor = StageTensor(stage.name, name, step.spec)
         if has_bytes(self.known, step, stage.name, name):
@@ -166,6 +170,17 @@ class _Run:
         else:
             self._done(writer, name, self.realiser.take(step, _Slot(writer, name)), result)
         self.events.advance(step.spec.nbytes)
+        self._flush_now_and_then(writer, step.spec.nbytes)
+
+    def _flush_now_and_then(self, writer: PackWriter, nbytes: int) -> None:
+        """Send data to the disk while there is work to do, so that little is left to wait for at the end."""
+        with self.counting:
+            self.unflushed += nbytes
+            due = self.unflushed >= FLUSH_EVERY
+            if due:
+                self.unflushed = 0
+        if due:
+            self.crew.sync(writer.flush)
 
     def _copy(self, writer: PackWriter, name: str, ref: TensorRef | None) -> None:
         location = self.known.location(ref.digest) if ref else None
@@ -197,11 +212,3 @@ class _Slot:
     def write(self, offset: int, data: memoryview) -> None:
         """See Sink."""
         self.writer.write(self.name, offset, data)
-
-
-def _await(future: Future, stopped: threading.Event):  # type: ignore[type-arg,no-untyped-def]
-    try:
-        return future.result()
-    except BaseException:
-        stopped.set()
-        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from kittybuild.checkpoint.gguf import decode_rows, derived_companion, read_gguf
 from kittybuild.checkpoint.gguf_tokenizer import tokenizer_files
-from kittybuild.checkpoint.source import RAW, Checkpoint, Entry
+from kittybuild.checkpoint.source import RAW, Checkpoint, Companion, Entry
 from kittybuild.errors import SourceError
 from kittybuild.tensors import DType
 
@@ -40,18 +41,14 @@ STEMS = {
     "ffn_up": ("mlp.up_proj", (FEED, HIDDEN)),
     "ffn_down": ("mlp.down_proj", (HIDDEN, FEED)),
 }
-BIASES = {
-    "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": ("attn_q", "attn_k", "attn_v", "attn_output"),
-}
-REAL_TEXTS = (
-    "1234 and 56",
+BIASED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+BIASES = {"llama": BIASED, "qwen2": BIASED[:3], "qwen3": BIASED[:4]}
+TEXTS = (
+    "1234 5",
     "Hello  world!\n\n\tdef f(x):",
-    "naïve Öl größer",
-    "你好，世界",
-    "🙂👩‍👩‍👧 ok",
-    " <|im_end|> x",
+    "naïve Öl größer, 你好世界",
+    "\U0001f642\u200d\U0001f467",
+    "<|im_end|>",
 )
 
 
@@ -87,12 +84,10 @@ class Model:
 
     def write(self, path: Path) -> str:
         writer = gguf.GGUFWriter(path, self.arch)
-        sizes = {"block_count": 2, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": FEED}
-        sizes |= {"attention.head_count": HEADS, "attention.head_count_kv": GROUPS}
-        reals = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e6}
-        for key, value in (
-            {f"{self.arch}.{key}": size for key, size in (sizes | reals).items()} | self.metadata
-        ).items():
+        sizes: dict[str, Any] = {"block_count": 2, "context_length": 128, "embedding_length": HIDDEN}
+        sizes |= {"feed_forward_length": FEED, "attention.head_count": HEADS, "attention.head_count_kv": GROUPS}
+        sizes |= {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e6}
+        for key, value in ({f"{self.arch}.{key}": size for key, size in sizes.items()} | self.metadata).items():
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             add.get(type(value), writer.add_array)(key, value)
         for name, weight in (self.weights() | self.tensors).items():
@@ -122,7 +117,7 @@ def decoded(entry: Entry, cuts: tuple[int, ...] = ()) -> np.ndarray:
             return file.read(nbytes)
 
     rows = (0, *sorted(cuts), math.prod(entry.spec.shape[:-1]))
-    parts = [decode_rows(entry, read, start, stop) for start, stop in zip(rows, rows[1:], strict=False)]
+    parts = [decode_rows(entry, read, start, stop) for start, stop in itertools.pairwise(rows)]
     assert all(part.flags.c_contiguous and part.flags.writeable for part in parts)
     return np.concatenate(parts).reshape(entry.spec.shape)
 
@@ -179,28 +174,13 @@ def test_rows_outside_and_short_reads_are_refused(tiny):
 def test_the_config_says_what_the_metadata_says(tmp_path):
     ids = {f"tokenizer.ggml.{name}_token_id": number for name, number in (("bos", 5), ("eos", 6), ("eot", 7))}
     path = Model(metadata=ids).write(tmp_path / "m.gguf")
-    assert json.loads(derived_companion(path, "config.json")) == {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FEED,
-        "num_hidden_layers": 2,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "bos_token_id": 5,
-        "eos_token_id": 6,
-        "pad_token_id": None,
-        "dtype": "float32",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
+    assert json.dumps(json.loads(derived_companion(path, "config.json"))) == (
+        '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 288, "hidden_size": 64, '
+        '"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, '
+        '"head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-05, '
+        '"rope_theta": 1000000.0, "tie_word_embeddings": true, "bos_token_id": 5, "eos_token_id": 6, '
+        '"pad_token_id": null, "dtype": "float32", "attention_bias": false, "mlp_bias": false}'
+    )
     assert json.loads(derived_companion(path, "generation_config.json")) == {"bos_token_id": 5, "eos_token_id": [6, 7]}
 
 
@@ -221,35 +201,25 @@ def test_transformers_makes_the_same_tensors_of_the_config(tmp_path, arch, rich)
     assert {name: entry.spec.shape for name, entry in checkpoint.entries.items() if name != "lm_head.weight"} == shapes
 
 
-def llama3_factors(factor: float) -> np.ndarray:
+def llama3_factors(factor: float) -> dict[str, np.ndarray]:
     turns = 8192 / (2 * np.pi * 1e6 ** (np.arange(0, 16, 2) / 16))
     smooth = np.clip((turns - 1) / 3, 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
+
+
+ORIGINAL = "original_max_position_embeddings"
+LINEAR, YARN = {"type": "linear", "factor": 4.0}, {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
+ALMOST = {name: factors * np.float32(1.01) for name, factors in llama3_factors(32.0).items()}
 
 
 @pytest.mark.parametrize(
     ("tensors", "metadata", "scaling", "notes"),
     [
-        ({}, {"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}, 0),
-        (
-            {},
-            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-            0,
-        ),
-        (
-            {"rope_freqs.weight": llama3_factors(32.0)},
-            {},
-            {
-                "rope_type": "llama3",
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-            0,
-        ),
-        ({"rope_freqs.weight": llama3_factors(32.0) * 1.01}, {}, None, 1),
+        ({}, LINEAR, {"rope_type": "linear", "factor": 4.0}, 0),
+        ({}, YARN, {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 32}, 0),
+        (llama3_factors(32.0), {}, LLAMA3, 0),
+        (ALMOST, {}, None, 1),
         ({"rope_freqs.weight": np.zeros(8, np.float32)}, {}, None, 1),
         ({}, {"type": "longrope", "attn_factor": 1.5}, None, 2),
     ],
@@ -261,11 +231,6 @@ def test_rope_scaling_is_carried_over_or_noted(tmp_path, tensors, metadata, scal
     assert checkpoint.config.get("rope_scaling") == scaling
     assert sum("rope" in note for note in checkpoint.notes) == notes
     assert len(checkpoint.entries) == len(Model().names())
-
-
-def test_what_the_config_has_no_word_for_is_noted(tmp_path):
-    checkpoint = read_gguf(Model(metadata={"llama.attention.sliding_window": 64}).write(tmp_path / "m.gguf"))
-    assert "llama.attention.sliding_window is not carried over: 64" in checkpoint.notes
 
 
 MATRIX = np.ones((HIDDEN, HIDDEN), np.float32)
@@ -289,7 +254,6 @@ MATRIX = np.ones((HIDDEN, HIDDEN), np.float32)
         (Model(metadata={"llama.rope.freq_base": 0.0}), "KB218", "rope.freq_base"),
         (Model(metadata={"general.alignment": 24}), "KB213", "general.alignment"),
     ],
-    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_what_does_not_fit_is_an_error_that_names_it(tmp_path, model, code, words):
     error = failure(model.write(tmp_path / "m.gguf"))
@@ -297,12 +261,10 @@ def test_what_does_not_fit_is_an_error_that_names_it(tmp_path, model, code, word
     assert words in error.message
 
 
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
 def tensor(name: str, *dims: int, kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+    return (
+        struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+    )
 
 
 def file_of(*tensors: bytes, pairs: tuple[bytes, ...] = (), counts: tuple[int, int] | None = None) -> bytes:
@@ -311,7 +273,7 @@ def file_of(*tensors: bytes, pairs: tuple[bytes, ...] = (), counts: tuple[int, i
     return start + bytes(-len(start) % 32 + 4096)
 
 
-NAME = text("general.name")
+NAME = struct.pack("<Q", 12) + b"general.name"
 
 
 @pytest.mark.parametrize(
@@ -359,14 +321,13 @@ def test_a_type_without_a_decoder_is_an_error(tmp_path):
 
 
 def test_what_cannot_be_opened_is_an_error(tmp_path):
-    assert failure(str(tmp_path / "absent.gguf")).code == "KB210"
-    assert failure(str(tmp_path)).code == "KB210"
+    assert failure(str(tmp_path / "absent.gguf")).code == failure(str(tmp_path)).code == "KB210"
 
 
 def test_a_file_cut_anywhere_is_an_error(tmp_path):
     path = Model().write(tmp_path / "m.gguf")
     whole, data = os.path.getsize(path), min(entry.offset for entry in read_gguf(path).entries.values())
-    for size in (*range(whole - 1, data, -997), *range(data, -1, -5)):
+    for size in (*range(whole - 1, data, -997), *range(data, -1, -1)):
         os.truncate(path, size)
         failure(path)
 
@@ -420,8 +381,7 @@ def test_text_is_split_by_the_rule_that_the_file_names(tmp_path, pre, expected):
     assert tokenizer_files(path) == tokenizer_files(path)
     tokenizer = Tokenizer.from_str(derived_companion(path, "tokenizer.json").decode())
     assert tokenizer.get_vocab_size() == 262
-    for sample in REAL_TEXTS:
-        assert tokenizer.decode(tokenizer.encode(sample, add_special_tokens=False).ids) == sample
+    assert [tokenizer.decode(tokenizer.encode(sample, add_special_tokens=False).ids) for sample in TEXTS] == [*TEXTS]
 
 
 def test_sentencepiece_merges_the_best_scored_piece_first(tmp_path):
@@ -434,16 +394,16 @@ def test_sentencepiece_merges_the_best_scored_piece_first(tmp_path):
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == ("<s>", "</s>", "<unk>")
 
 
-def test_companions_are_those_that_can_be_made(tmp_path):
-    template = {"tokenizer.chat_template": "{{ messages }}", "tokenizer.chat_template.rag": "{{ documents }}"}
-    path = Model(metadata=byte_level("smollm") | template).write(tmp_path / "m.gguf")
+def test_companions_are_those_that_can_be_made_and_notes_what_cannot(tmp_path):
+    more = {"tokenizer.chat_template": "{{ messages }}", "tokenizer.chat_template.rag": "{{ documents }}"}
+    more |= {"llama.attention.sliding_window": 64}
+    path = Model(metadata=byte_level("smollm") | more).write(tmp_path / "m.gguf")
     checkpoint = read_gguf(path)
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    assert [(one.name, one.path, one.derived) for one in checkpoint.companions] == [
-        (name, path, True) for name in names
-    ]
+    assert checkpoint.companions == tuple(Companion(name, path, derived=True) for name in names)
     assert derived_companion(path, "chat_template.jinja") == b"{{ messages }}"
-    assert checkpoint.notes == ("tokenizer.chat_template.rag is not carried over",)
+    lost = ["llama.attention.sliding_window is not carried over: 64", "tokenizer.chat_template.rag is not carried over"]
+    assert checkpoint.notes == tuple(lost)
     with pytest.raises(SourceError, match=r"no vocab\.txt"):
         derived_companion(path, "vocab.txt")
 
@@ -460,7 +420,6 @@ def test_companions_are_those_that_can_be_made(tmp_path):
         (byte_level("smollm", tokens=[1]), "not a list of str"),
         (byte_level("smollm", eos_token_id=VOCAB), "the eos token 288"),
     ],
-    ids=range(8),
 )
 def test_a_tokenizer_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path, metadata, words):
     path = Model(metadata=metadata).write(tmp_path / "m.gguf")
@@ -477,31 +436,19 @@ def smol() -> Checkpoint:
     return read_gguf(f"{folder}/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-@pytest.fixture(scope="module")
-def peer(smol) -> Any:
-    """The model as transformers reads the same file."""
-    from transformers import AutoModelForCausalLM
-
-    folder, name = os.path.split(smol.where)
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype="float32")
-
-
 @pytest.mark.real
 @pytest.mark.slow
-def test_real_tensors_are_those_that_transformers_reads(smol, peer):
-    theirs = peer.state_dict()
-    assert set(theirs) - set(smol.entries) == {"lm_head.weight"}
+def test_the_real_tensors_and_config_are_those_that_transformers_reads(smol):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, name = os.path.split(smol.where)
+    peer = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype="float32")
+    weights = peer.state_dict()
+    assert set(weights) - set(smol.entries) == {"lm_head.weight"}
     assert len(smol.entries) == 272
     for name, entry in smol.entries.items():
         rows = math.prod(entry.spec.shape[:-1])
-        assert decoded(entry, (rows // 3, rows // 2 + 1)).tobytes() == theirs[name].numpy().tobytes(), name
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_real_config_is_the_one_that_transformers_reads(smol, peer):
-    from transformers import AutoConfig
-
+        assert decoded(entry, (rows // 3, rows // 2 + 1)).tobytes() == weights[name].numpy().tobytes(), name
     theirs = peer.config.to_dict()
     config = dict(smol.config)
     ours = AutoConfig.for_model(config.pop("model_type"), **config).to_dict()
@@ -520,8 +467,8 @@ def test_the_real_tokenizer_splits_as_the_original(smol):
     assert tokenizer.encode("1234").tokens == ["1", "2", "3", "4"]
     assert tokenizer.encode("<|im_start|>user<|im_end|>").ids == [1, *tokenizer.encode("user").ids, 2]
     assert tokenizer.get_vocab_size() == 49152
-    for sample in REAL_TEXTS:
-        assert tokenizer.decode(tokenizer.encode(sample).ids, skip_special_tokens=False) == sample
+    ids = [tokenizer.encode(sample).ids for sample in TEXTS]
+    assert [tokenizer.decode(each, skip_special_tokens=False) for each in ids] == [*TEXTS]
 
 
 @pytest.mark.real
@@ -547,12 +494,7 @@ def test_a_folder_of_the_real_model_speaks(smol, tmp_path, caplog, recwarn):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=2, do_sample=False)[0]
     assert tokenizer.decode(answer).startswith("The capital of France is Paris")
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
+    turns = [{"role": "user", "content": "Hi"}]
+    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)

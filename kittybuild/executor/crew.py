@@ -1,0 +1,71 @@
+"""The threads of one run: makers of tensors, a finisher of packs, and a syncer that keeps the disk busy meanwhile.
+
+After the first error nothing new is begun, and that error is the one that is raised.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Crew:
+    """A context manager; leaving it waits for what is under way."""
+
+    def __init__(self, jobs: int) -> None:
+        self._makers = ThreadPoolExecutor(jobs, "make")
+        self._finisher = ThreadPoolExecutor(1, "finish")
+        self._syncer = ThreadPoolExecutor(1, "sync")
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+
+    def make(self, work: Callable[[], T]) -> Future[T]:
+        """Have a maker do `work`."""
+        return self._makers.submit(self._guarded, work)
+
+    def finish(self, work: Callable[[], T]) -> Future[T]:
+        """Have the finisher do `work`, which may wait for makers; it is done even after an error, to clean up."""
+        return self._finisher.submit(self._noted, work)
+
+    def sync(self, work: Callable[[], None]) -> None:
+        """Have the syncer do `work` some time; what goes wrong in it shows elsewhere."""
+        self._syncer.submit(work)
+
+    def result(self, future: Future[T]) -> T:
+        """What came of it; raises the first error of the whole crew."""
+        try:
+            return future.result()
+        except BaseException as error:
+            raise self._first(error) from None
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        if self._error is not None:
+            raise CancelledError
+        return self._noted(work)
+
+    def _noted(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except BaseException as error:
+            self._first(error)
+            raise
+
+    def _first(self, error: BaseException) -> BaseException:
+        """Stop all; the first error that was not just a stop."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            return self._error
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._first(error)
+        for pool in (self._makers, self._finisher, self._syncer):
+            pool.shutdown(wait=True)
