@@ -5,6 +5,7 @@ No length in it is believed before it is checked against the file; arrays stay u
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Collection, Mapping
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from kittybuild.checkpoint.source import FileId
-from kittybuild.errors import SourceError, nearest
+from kittybuild.errors import SourceError
 from kittybuild.tensors import Shape
 
 OTHER_FILES = "use the safetensors files of the model"

@@ -6,14 +6,13 @@ Its files are written field by field, so that their bytes depend on the header a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from kittybuild.checkpoint.gguf_header import LONGEST, Header, read_header
-from kittybuild.errors import SourceError, nearest
+from kittybuild.errors import nearest
 
 Tokens = Mapping[str, tuple[int, int]]  # text -> id and type
 
