@@ -117,7 +117,22 @@ def prepare(
         folders = {wanted[0]: os.path.abspath(folder)}
     decls = source_names(recipe)
     paths = locate(recipe, decls)
+    _check_folders(recipe, folders, paths)
     return Prepared(recipe, wanted, folders, decls, paths, stage_keys(recipe, wanted, fingerprints(paths), builders))
+
+
+def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[str, str]) -> None:
+    """No output takes the place of another or of what is read, nor becomes a part of it."""
+    taken = {os.path.realpath(path): f"the source {name}" for name, path in paths.items() if os.path.isdir(path)}
+    for stage, folder in folders.items():
+        at = str(recipe.outputs[stage].at) if stage in recipe.outputs else recipe.file
+        real = os.path.realpath(folder)
+        for other, what in taken.items():
+            if real == other or real.startswith(other + os.sep):
+                where = "is the folder of" if real == other else "lies in the folder of"
+                message = f"the output folder of {stage} {where} {what}"
+                raise RecipeError("KB114", message, at=at, hint="name another folder")
+        taken[real] = f"the output {stage}"
 
 
 def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
@@ -175,7 +190,7 @@ def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], by
         if name in prepared.wanted:
             if not all(store.pack(shard.pack) for shard in manifest.shards):
                 return None
-            if not all(store.file(file.digest) for file in manifest.files):
+            if any(store.read_file(file.digest) is None for file in manifest.files):
                 return None
         manifests[name] = manifest
     lock_digest = store.shortcut(_lock_key(prepared))
@@ -195,13 +210,17 @@ def _run(prepared: Prepared, store: Store, memory: int, jobs: int, events: Event
     from kittybuild.executor.run import Limits, run
     from kittybuild.publish.companions import companion_files
 
-    store.salvage()
+    events = events or Silent()
+    found = store.salvage()
+    if found.tensors:
+        events.note(f"an interrupted build left {found.tensors} finished tensors: they are used")
     known = plan(prepared, store, builders)
-    results, amounts = run(known, store, builders, Limits(memory, jobs), events or Silent())
+    results, amounts = run(known, store, builders, Limits(memory, jobs), events)
     manifests = {}
     for name, stage in known.plan.stages.items():
         files = companion_files(stage, known.sources, store) if stage.shards else ()
-        manifests[name] = Manifest(_tensors(stage, known), tuple(results[name].shards), files)
+        shards = tuple(results[name].shards) if stage.shards else ()
+        manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
     lock = canonical(lock_json(pins(known, prepared.decls)))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))

@@ -16,6 +16,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
+MOST_NAMED = 20
+
 
 class KittybuildError(Exception):
     """One problem: `code`, `message`, where (`at`), and the way out (`hint`)."""
@@ -103,9 +105,10 @@ def raise_all(errors: Collection[KittybuildError]) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known word, or all of them."""
+    """A hint that names the nearest known word, or else all of them (the first, if they are many)."""
     words = sorted(set(known))
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(words)}" if words else "nothing is known here"
+    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    return f"known: {', '.join(words[:MOST_NAMED])}{more}" if words else "nothing is known here"

@@ -1,11 +1,7 @@
 """Disks that fail on purpose, and what must be true of a store whatever happened to it.
 
-    disk = FaultyDisk(n, Fault.KILL)         # for each n in range(number of calls): die at that call
-    with suppress(Killed):
-        build(root, disk)
-    disk.bury()                              # what the kernel does for a process that died
-    assert_sound(root)
-    assert build(root, Disk()) == digest     # and the next run finishes
+For each n in the number of calls of a build: die at that call (`FaultyDisk(n, Fault.KILL)`), do what the kernel does
+for a process that died (`bury`), `assert_sound`, and `build` again with the real disk.
 """
 
 from __future__ import annotations
@@ -132,7 +128,7 @@ class PowerCutDisk(Disk):
     """The real disk, and a memory of what a power cut at this moment would leave.
 
     Only what was synced is sure. `cut` writes what is left into a new folder: of each file the bytes of its last sync
-    (unsynced ones are zeros); of each folder, with `keep_names`, the names as they are now, else those of its last sync.
+    (without one, zeros); of each folder, with `keep_names`, the names as they are now, else those of its last sync.
     SQLite writes the index without us: of it, with `keep_index`, what there was when its log was last synced.
     """
 
@@ -162,7 +158,8 @@ class PowerCutDisk(Disk):
         super().sync_dir(path)
         self._names[os.path.abspath(path)] = _listed(path)
         if os.path.basename(path) == "index":
-            self._index = {name: _bytes(os.path.join(path, name)) for name in _listed(path) if not name.endswith("-shm")}
+            names = [name for name in _listed(path) if not name.endswith("-shm")]
+            self._index = {name: _bytes(os.path.join(path, name)) for name in names}
         self._passed()
 
     def rename(self, src: str, dst: str) -> None:

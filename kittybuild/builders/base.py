@@ -25,7 +25,7 @@ BLOCK = 65_536
 class Block:
     """The same elements of each streamed input: 1-D tensors in the working dtype, from element `start` on.
 
-    The tensors are the builder's to overwrite.
+    The tensors are the builder's to overwrite, and hold until the next block is asked for.
     """
 
     start: int

@@ -18,11 +18,12 @@ def _cast(job: Job) -> Combine:
 
 def _same(job: Job) -> Combine:
     """The first input, which all others must equal bit for bit (integer buffers are never averaged)."""
+    import torch
 
     def combine(block: Block) -> Tensor:
         first, *others = block.inputs
         for index, other in enumerate(others, start=2):
-            if not first.equal(other):
+            if not first.view(torch.uint8).equal(other.view(torch.uint8)):
                 raise BuildError(
                     "KB503",
                     f"integer inputs differ: input {index} is not the same as input 1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Block, Builder, Combine, Job
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _lora(job: Job) -> Combine:
-    """W + sum over adapters of scale * (B A), in kitty-1: exact products, float64 sum, one rounding to float32.
+    """W + sum over adapters of scale * (B A), in kitty-1: exact products, float64 sums, one rounding to W's precision.
 
     Inputs: W [rows, columns], then A [r, in] and B [out, r] of each adapter. Params: `scales` (one per adapter),
     `transposed` (W is stored [in, out]: the product is transposed). Source: Hu et al. 2021, LoRA, section 4.1.
@@ -28,21 +29,33 @@ def _lora(job: Job) -> Combine:
 
     def combine(block: Block) -> Tensor:
         weight = block.inputs[0]
-        stop = block.start + weight.numel()
-        first, last = block.start // columns, -(-stop // columns)
-        total = None
-        for left, right, scale in factors:
-            rows = [(part[first:last], power[first:last]) for part, power in left]
-            product = exact_product(rows, right)
-            if product is not None:
-                part = product * scale
-                total = part if total is None else total + part
-        if total is None:
-            return weight
-        delta = total.reshape(-1)[block.start - first * columns : stop - first * columns]
-        return weight.add_(delta.to(weight.dtype))
+        done = 0
+        for rows, across in _rectangles(block.start, block.start + weight.numel(), columns):
+            total: Tensor | None = None
+            for left, right, scale in factors:
+                part = exact_product([s[rows] for s in left], [s[:, across] for s in right]).mul_(scale)
+                total = part if total is None else total.add_(part)
+            if total is not None:
+                piece = weight[done : done + total.numel()]
+                piece.copy_(total.view(-1).add_(piece))
+                done += total.numel()
+        return weight
 
     return combine
 
 
-LORA = Builder("lora", 1, _lora, streamed=1, scratch=8)
+def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """The rows and columns of the elements [start, stop), as at most three rectangles, in order."""
+    while start < stop:
+        row, column = divmod(start, columns)
+        last = stop // columns
+        if column == 0 and last > row:
+            yield slice(row, last), slice(0, columns)
+            start = last * columns
+        else:
+            end = min(columns, stop - row * columns)
+            yield slice(row, row + 1), slice(column, end)
+            start = row * columns + end
+
+
+LORA = Builder("lora", 1, _lora, streamed=1, scratch=6)

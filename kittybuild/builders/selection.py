@@ -1,20 +1,24 @@
 """Exact selection of the largest magnitudes over blocks; among equals the lowest index wins.
 
 Magnitudes are compared by their bits: for non-negative floats the order of the bits is the order of the numbers, and
-NaN stands above all. Small tensors are selected in memory, large ones by counting digits, 16 bits a pass.
+NaN stands above all. Digits of 16 bits are counted, one a pass, until the elements that share the threshold's leading
+digits are few enough to be selected in memory: small tensors need no such pass, large ones mostly one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
-Scan = Callable[[], Iterator[tuple[int, "list[Tensor]"]]]
-"""Asked again and again: (start, magnitudes of each input) of all blocks, in order."""
+    Ints = NDArray[Any]
+
+Scan = Callable[[Collection[int]], Iterable[tuple[int, Mapping[int, "Tensor"]]]]
+"""Asked again and again for some inputs: (start, magnitudes by input) of all blocks, in order, each used at once."""
 
 IN_MEMORY = 1 << 22
 DIGIT = 16
@@ -29,19 +33,20 @@ class Threshold:
 
     def trim(self, delta: Tensor, start: int) -> Tensor:
         """`delta` in place with all else zeroed; `start` is the index of its first element."""
-        if self.bits < 0:
+        if self == EVERYTHING:
             return delta
-        found = _bits(delta.abs())
-        keep = found > self.bits
-        if self.last >= start:
-            equal = found == self.bits
-            equal[max(0, self.last + 1 - start) :] = False
-            keep |= equal
-        return delta.masked_fill_(~keep, 0.0)
+        if self == NOTHING:
+            return delta.zero_()
+        keep = _bits(delta.abs())
+        cut = max(0, self.last + 1 - start)
+        keep[:cut].ge_(self.bits)
+        keep[cut:].gt_(self.bits)
+        _bits(delta).mul_(keep)  # the bits by 0 or 1: a product of floats would make NaN out of infinity
+        return delta
 
 
-EVERYTHING = Threshold(-1, -1)
-NOTHING = Threshold((1 << 63) - 1, -1)
+EVERYTHING = Threshold(0, 1 << 62)
+NOTHING = Threshold(1 << 63, -1)
 
 
 def kept(numel: int, density: float) -> int:
@@ -51,11 +56,92 @@ def kept(numel: int, density: float) -> int:
     return min(numel, max(1, int(density * numel)))
 
 
-def largest(scan: Scan, numel: int, counts: list[int]) -> list[Threshold]:
-    """For each input, the threshold that keeps exactly its count of the largest magnitudes."""
-    wanted = {index: count for index, count in enumerate(counts) if 0 < count < numel}
-    found = (_in_memory if numel <= IN_MEMORY else _by_digits)(scan, numel, wanted) if wanted else {}
+def largest(
+    scan: Scan, numel: int, counts: list[int], *, double: bool = False, in_memory: int = IN_MEMORY
+) -> list[Threshold]:
+    """For each input, the threshold that keeps exactly its count of the largest magnitudes.
+
+    `double`: magnitudes are float64 instead of float32; `in_memory`: elements of one input that may be held at once.
+    """
+    top = 63 if double else 31  # without the sign
+    searches = {i: _Search(count, numel, top, top) for i, count in enumerate(counts) if 0 < count < numel}
+    while crowded := {i: search for i, search in searches.items() if search.among > in_memory and search.shift}:
+        _count_digits(scan, crowded)
+    if searches:
+        for start, magnitudes in scan(searches.keys()):
+            for i, search in searches.items():
+                search.gather(start, _bits(magnitudes[i]).numpy())
+    found = {i: search.threshold() for i, search in searches.items()}
     return [found.get(i, EVERYTHING if count else NOTHING) for i, count in enumerate(counts)]
+
+
+@dataclass(slots=True)
+class _Search:
+    """One threshold on its way: of the `among` elements that share its bits above `shift` (`prefix`), keep `ties`."""
+
+    ties: int
+    among: int
+    top: int
+    shift: int
+    prefix: int = 0
+    last: int = -1
+    bits: list[Ints] = field(default_factory=list)
+    places: list[Ints] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bits of the next digit."""
+        return min(DIGIT, self.shift)
+
+    def digits(self, bits: Tensor) -> Tensor:
+        """The next digit of each element that shares the prefix."""
+        import torch
+
+        if self.shift == self.top:
+            return bits >> (self.top - self.size)
+        bits = torch.from_numpy(bits.numpy()[(bits >> self.shift).numpy() == self.prefix])
+        return (bits >> (self.shift - self.size)) & ((1 << self.size) - 1)
+
+    def narrow(self, counts: Ints) -> None:
+        """Take the digit at which the elements to be kept run out; `counts`: how many have each digit."""
+        import numpy as np
+
+        above = np.cumsum(counts[::-1])
+        place = int(np.searchsorted(above, self.ties))
+        digit = len(counts) - 1 - place
+        self.among = int(counts[digit])
+        self.ties -= int(above[place]) - self.among
+        self.prefix = self.prefix << self.size | digit
+        self.shift -= self.size
+
+    def gather(self, start: int, bits: Ints) -> None:
+        """Collect what shares the prefix; where that is all bits, only look for the last that is kept."""
+        import numpy as np
+
+        if self.shift == self.top:
+            self.bits.append(bits.copy())
+            return
+        sharing = np.flatnonzero(bits >> self.shift == self.prefix)
+        if self.shift:
+            self.bits.append(bits[sharing])
+            self.places.append(sharing + start)
+        elif self.ties and len(sharing):
+            count = min(self.ties, len(sharing))
+            self.ties -= count
+            self.last = start + int(sharing[count - 1])
+
+    def threshold(self) -> Threshold:
+        """The threshold, after everything has been gathered."""
+        import numpy as np
+
+        if not self.shift:
+            return Threshold(self.prefix, self.last)
+        bits = np.concatenate(self.bits)
+        self.bits.clear()
+        place = len(bits) - self.ties
+        value = np.partition(bits, place)[place]
+        last = np.flatnonzero(bits == value)[self.ties - np.count_nonzero(bits > value) - 1]
+        return Threshold(int(value), int(np.concatenate(self.places)[last] if self.places else last))
 
 
 def _bits(magnitudes: Tensor) -> Tensor:
@@ -64,62 +150,13 @@ def _bits(magnitudes: Tensor) -> Tensor:
     return magnitudes.view(torch.int64 if magnitudes.dtype == torch.float64 else torch.int32)
 
 
-def _in_memory(scan: Scan, numel: int, wanted: dict[int, int]) -> dict[int, Threshold]:
+def _count_digits(scan: Scan, searches: Mapping[int, _Search]) -> None:
+    """One pass: the next digit of each threshold."""
     import torch
 
-    parts: dict[int, list[Tensor]] = {index: [] for index in wanted}
-    for _, magnitudes in scan():
-        for index, collected in parts.items():
-            collected.append(magnitudes[index])
-    found = {}
-    for index, count in wanted.items():
-        bits = _bits(torch.cat(parts.pop(index)))
-        value = int(bits.kthvalue(numel - count + 1).values)
-        ties = count - int((bits > value).sum())
-        found[index] = Threshold(value, int((bits == value).nonzero()[ties - 1]))
-    return found
-
-
-def _by_digits(scan: Scan, numel: int, wanted: dict[int, int]) -> dict[int, Threshold]:
-    prefix = dict.fromkeys(wanted, 0)
-    ties = dict(wanted)  # how many are still to be kept among those that share the prefix
-    width = 0
-    for _, magnitudes in scan():
-        width = 8 * magnitudes[0].element_size()
-        break
-    for shift in range(width - DIGIT, -1, -DIGIT):
-        for index, counts in _digit_counts(scan, prefix, shift).items():
-            for digit in range(len(counts) - 1, -1, -1):
-                if ties[index] <= counts[digit]:
-                    prefix[index] = prefix[index] << DIGIT | digit
-                    break
-                ties[index] -= counts[digit]
-    return {index: Threshold(prefix[index], last) for index, last in _places(scan, prefix, ties).items()}
-
-
-def _digit_counts(scan: Scan, prefix: dict[int, int], shift: int) -> dict[int, list[int]]:
-    """How often each 16-bit digit at `shift` occurs, among the elements whose higher bits are `prefix`."""
-    import torch
-
-    totals = {index: torch.zeros(1 << DIGIT, dtype=torch.int64) for index in prefix}
-    for _, magnitudes in scan():
-        for index, higher in prefix.items():
-            bits = _bits(magnitudes[index]) >> shift
-            digits = bits[(bits >> DIGIT) == higher] & ((1 << DIGIT) - 1)
-            totals[index] += torch.bincount(digits, minlength=1 << DIGIT)
-    return {index: total.tolist() for index, total in totals.items()}
-
-
-def _places(scan: Scan, values: dict[int, int], ties: dict[int, int]) -> dict[int, int]:
-    """The index of the last element kept among those equal to the threshold."""
-    left, places = dict(ties), {}
-    for start, magnitudes in scan():
-        for index in list(left):
-            equal = (_bits(magnitudes[index]) == values[index]).nonzero()
-            if left[index] <= len(equal):
-                places[index] = start + int(equal[left.pop(index) - 1])
-            else:
-                left[index] -= len(equal)
-        if not left:
-            break
-    return places
+    totals = {i: torch.zeros(1 << DIGIT, dtype=torch.int64) for i in searches}
+    for _, magnitudes in scan(searches.keys()):
+        for i, search in searches.items():
+            totals[i] += torch.bincount(search.digits(_bits(magnitudes[i])), minlength=1 << DIGIT)
+    for i, search in searches.items():
+        search.narrow(totals[i].numpy())

@@ -10,16 +10,33 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from kittybuild.checkpoint.folder import read_json
+from kittybuild.checkpoint.folder import inside, read_json
 from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.checkpoint.source import Checkpoint, Entry, FileId
 from kittybuild.errors import SourceError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+LARGEST_ALPHA = 1e30
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
+_NOT_YET = MappingProxyType(
+    {
+        "use_dora": "DoRA",
+        "use_qalora": "QALoRA",
+        "use_bdlora": "block-diagonal factors",
+        "kasa_config": "KaSA",
+        "monteclora_config": "MonteCLoRA",
+        "arrow_config": "Arrow routing",
+        "alora_invocation_tokens": "activated LoRA",
+        "modules_to_save": "modules_to_save",
+        "layer_replication": "layer_replication",
+        "target_parameters": "target_parameters",
+        "trainable_token_indices": "trainable tokens",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +67,10 @@ def read_adapter_folder(path: str) -> Checkpoint:
     if not os.path.isfile(weights):
         hint = "adapters in other formats are not read yet: save it as safetensors"
         raise SourceError("KB205", f"the adapter has no {WEIGHTS}", at=path, hint=hint)
+    entries = read_safetensors(inside(path, WEIGHTS))
+    config = read_json(inside(path, CONFIG))
     files = tuple(FileId.of(os.path.join(path, name)) for name in (WEIGHTS, CONFIG))
-    config = read_json(os.path.join(path, CONFIG))
-    return Checkpoint(path, "adapter", read_safetensors(weights), files, (), config)
+    return Checkpoint(path, "adapter", entries, files, (), config)
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:
@@ -60,6 +78,8 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
     config = checkpoint.config or {}
     _refuse_others(checkpoint, config)
     sides: dict[str, dict[str, Entry]] = {}
+    if not checkpoint.entries:
+        raise SourceError("KB207", "the adapter holds no factors", at=checkpoint.where, hint="save it again with peft")
     for name, entry in checkpoint.entries.items():
         match = _FACTOR.fullmatch(name)
         if not match:
@@ -67,20 +87,23 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
             raise SourceError(
                 "KB207", f"the adapter's tensor {name!r} is no LoRA factor", at=checkpoint.where, hint=hint
             )
-        sides.setdefault(match["module"], {})[match["side"]] = entry
+        if sides.setdefault(match["module"], {}).setdefault(match["side"], entry) is not entry:
+            hint = "save each adapter into its own folder"
+            message = f"two adapters are in one file: {name!r} is the second lora_{match['side']} of its module"
+            raise SourceError("KB207", message, at=checkpoint.where, hint=hint)
     return Adapter(
         {m: _factors(checkpoint, config, m, pair) for m, pair in sides.items()}, bool(config.get("fan_in_fan_out"))
     )
 
 
 def _refuse_others(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    initial = str(config.get("init_lora_weights")).lower()
     others = {
         f"peft_type {config.get('peft_type')!r}": config.get("peft_type") != "LORA",
-        "DoRA": config.get("use_dora"),
         "bias": config.get("bias", "none") not in ("none", None) or config.get("lora_bias"),
-        "modules_to_save": config.get("modules_to_save"),
-        "layer_replication": config.get("layer_replication"),
-        "trainable tokens": config.get("trainable_token_indices"),
+        # These begin with a change of the base's own weights, which the adapter's files do not hold.
+        f"init_lora_weights {initial!r}": initial.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
+        **{what: config.get(key) for key, what in _NOT_YET.items()},
     }
     if found := [what for what, used in others.items() if used]:
         hint = "merge it into its base with peft and give that folder"
@@ -100,22 +123,24 @@ def _factors(checkpoint: Checkpoint, config: Mapping[str, Any], module: str, pai
     a, b = pair["A"], pair["B"]
     if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
         raise fail(f"lora_A {a.spec} and lora_B {b.spec} do not fit each other")
+    if not (a.spec.dtype.is_float and b.spec.dtype.is_float):
+        raise fail(f"lora_A {a.spec} and lora_B {b.spec} are not both of floating point")
     rank = a.spec.shape[0]
-    declared = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+    try:
+        declared = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+        alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise fail(f"a pattern of the config is no regular expression: {error}") from error
     if declared != rank:
-        raise fail(f"its factors have rank {rank}, the config says {declared}")
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or rank == 0:
+        raise fail(f"its factors have rank {rank}, the config says {declared!r}")
+    if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA or rank == 0:
         raise fail(f"lora_alpha {alpha!r} over rank {rank} is no scale")
     return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The value of the first key that names the module as PEFT means it: a regular expression for the name's end."""
+    """The value of the first key that PEFT takes for the module: a regular expression for the end of its name."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            if pattern == module or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-                return value
-        except re.error:
-            continue
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
     return default

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 from kittybuild.checkpoint.safetensors_file import read_safetensors
@@ -16,25 +17,37 @@ from kittybuild.errors import SourceError, nearest
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_COMPANION = 256 << 20
+RIGHTS = "check the path and its rights"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 _OURS = frozenset({"README.md", "kittybuild.json", "mergekit_config.yml", ".gitattributes", ".gitignore"})
 
 
 def read_folder(path: str) -> Checkpoint:
     """The checkpoint in a folder, from its headers. Raises SourceError KB201 to KB206."""
-    if os.path.isfile(os.path.join(path, INDEX)):
+    index = os.path.isfile(os.path.join(path, INDEX))
+    if index:
         entries, weights = _sharded(path)
     elif os.path.isfile(os.path.join(path, SINGLE)):
         weights = (SINGLE,)
-        entries = read_safetensors(os.path.join(path, SINGLE))
+        entries = read_safetensors(inside(path, SINGLE))
     else:
         weights, entries = _loose(path)
+    if not entries:
+        raise SourceError("KB205", "the checkpoint holds no tensors", at=path, hint="download or copy it again")
     companions = tuple(_companions(path))
     config = read_json(os.path.join(path, "config.json"))
-    names = (*weights, *(companion.name for companion in companions))
-    listed = (*names, INDEX) if len(weights) > 1 and os.path.isfile(os.path.join(path, INDEX)) else names
-    files = tuple(FileId.of(os.path.join(path, name)) for name in listed)
-    return Checkpoint(path, "folder", entries, files, companions, config)
+    names = (*weights, *(companion.name for companion in companions), *([INDEX] if index else []))
+    try:
+        files = tuple(FileId.of(os.path.join(path, name)) for name in names)
+    except OSError as error:
+        raise SourceError("KB201", f"cannot read: {error.strerror}", at=error.filename, hint=RIGHTS) from error
+    return Checkpoint(path, "folder", entries, files, companions, config, _unread(path, weights))
+
+
+def _unread(path: str, weights: tuple[str, ...]) -> tuple[str, ...]:
+    """A note on safetensors files beside the weights that are no part of them."""
+    others = sorted(name for name in os.listdir(path) if name.endswith(".safetensors") and name not in weights)
+    return (f"not read, since the weights are in other files: {_some(others)}",) if others else ()
 
 
 def read_json(path: str) -> dict[str, Any] | None:
@@ -42,6 +55,7 @@ def read_json(path: str) -> dict[str, Any] | None:
     try:
         with open(path, "rb") as file:
             value = json.loads(file.read(LARGEST_COMPANION))
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # what cannot be written again is damaged
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -54,11 +68,14 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 
 def inside(folder: str, name: str) -> str:
-    """The path of `name` in `folder`; raises SourceError KB204 where it would lead out."""
+    """The path of `name` in `folder`; raises SourceError KB204 where it, or the link that it is, would lead out."""
     path = os.path.join(folder, name)
-    if os.path.isabs(name) or ".." in name.split("/") or "\\" in name or not name:
+    if os.path.isabs(name) or ".." in name.split("/") or "\\" in name or "\0" in name or not name:
         hint = "the index may only name files beside it"
         raise SourceError("KB204", f"the index names {name!r}, outside its folder", at=folder, hint=hint)
+    if not _allowed(os.path.realpath(folder), path):
+        hint = "put the file itself there"
+        raise SourceError("KB204", f"{name} is a link that leads out of the folder", at=folder, hint=hint)
     return path
 
 
@@ -71,15 +88,21 @@ def _sharded(path: str) -> tuple[dict[str, Entry], tuple[str, ...]]:
     missing = [file for file in files if not os.path.isfile(inside(path, file))]
     if missing:
         hint = "download the whole checkpoint again"
-        raise SourceError("KB205", f"shards that the index names are missing: {', '.join(missing)}", at=path, hint=hint)
+        message = f"the index names files that are not there: {_some(missing)}"
+        raise SourceError("KB205", message, at=path, hint=hint)
     shards = {file: read_safetensors(inside(path, file)) for file in files}
     lost = [name for name, file in weight_map.items() if name not in shards[file]]
-    extra = [name for entries in shards.values() for name in entries if name not in weight_map]
+    extra = [name for file, entries in shards.items() for name in entries if weight_map.get(name) != file]
     if lost or extra:
-        named = f"{(lost or extra)[0]!r}" + (f" and {len(lost + extra) - 1} more" if len(lost + extra) > 1 else "")
-        side = "the index lists tensors that its shards do not hold" if lost else "shards hold tensors the index lacks"
-        raise SourceError("KB205", f"{side}: {named}", at=index_path, hint="download the whole checkpoint again")
+        what = "the index names tensors that its shards do not hold" if lost else "shards hold tensors the index lacks"
+        hint = "download the whole checkpoint again"
+        raise SourceError("KB205", f"{what}: {_some(lost or extra)}", at=index_path, hint=hint)
     return {name: shards[file][name] for name, file in weight_map.items()}, files
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + more
 
 
 def _loose(path: str) -> tuple[tuple[str, ...], dict[str, Entry]]:
@@ -88,9 +111,9 @@ def _loose(path: str) -> tuple[tuple[str, ...], dict[str, Entry]]:
         names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
     except OSError as error:
         message = f"cannot read the folder: {error.strerror}"
-        raise SourceError("KB201", message, at=path, hint="check the path and its rights") from error
+        raise SourceError("KB201", message, at=path, hint=RIGHTS) from error
     if len(names) == 1:
-        return (names[0],), read_safetensors(os.path.join(path, names[0]))
+        return (names[0],), read_safetensors(inside(path, names[0]))
     found = f"holds {len(names)} safetensors files and no index" if names else "holds no safetensors file"
     hint = f"a checkpoint folder has {SINGLE}, or shards and {INDEX}"
     raise SourceError("KB205", f"the folder {found}", at=path, hint=hint)
@@ -117,10 +140,18 @@ def _companions(path: str) -> list[Companion]:
 def _allowed(top: str, full: str) -> bool:
     """A file of the folder, or a link as the Hugging Face cache makes them (snapshots/x/name -> blobs/digest)."""
     real = os.path.realpath(full)
-    cache = os.path.dirname(os.path.dirname(top))
-    return real.startswith((top + os.sep, os.path.join(cache, "blobs") + os.sep))
+    if real.startswith(top.rstrip(os.sep) + os.sep):
+        return True
+    snapshots = os.path.dirname(top)
+    blobs = os.path.join(os.path.dirname(snapshots), "blobs")
+    return os.path.basename(snapshots) == "snapshots" and real.startswith(blobs + os.sep)
 
 
 def unknown_source(path: str, near: list[str]) -> SourceError:
     """The error for a path where nothing is."""
-    return SourceError("KB201", f"no such file or folder: {path}", hint=nearest(path, near) if near else None)
+    hint = nearest(path, near) if near else None
+    if hint is None or not hint.startswith("did"):
+        hint = "paths count from the recipe's folder, then from the working folder"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\S+)?", path):
+            hint += "; a model on the Hub must be downloaded first"
+    return SourceError("KB201", f"no such file or folder: {path}", hint=hint)

@@ -48,7 +48,9 @@ def open_source(path: str) -> Checkpoint:
 
         return read_gguf(path)
     if path.endswith(".safetensors"):
-        return Checkpoint(path, "file", read_safetensors(path), (FileId.of(path),))
+        if entries := read_safetensors(path):
+            return Checkpoint(path, "file", entries, (FileId.of(path),))
+        raise SourceError("KB205", "the file holds no tensors", at=path, hint="download or copy it again")
     hint = "give a folder with safetensors, a .safetensors file or a .gguf file"
     raise SourceError("KB205", "not a checkpoint that we can read", at=path, hint=hint)
 

@@ -23,8 +23,12 @@ def read_safetensors(path: str) -> dict[str, Entry]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            if size < 8:
+                raise _damaged(path, f"the file has {size} bytes, fewer than the 8 before the header")
+            if length > size - 8:
                 raise _damaged(path, f"the file has {size} bytes, but its header alone would need {8 + length}")
+            if length > LONGEST_HEADER:
+                raise _damaged(path, f"its header has {length} bytes, more than the {LONGEST_HEADER} allowed")
             header = file.read(length)
     except OSError as error:
         raise SourceError(
@@ -38,20 +42,30 @@ def _damaged(path: str, message: str) -> SourceError:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands in it twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name {name!r} stands in its header twice")
+        result[name] = value
     return result
 
 
 def _parse(path: str, header: bytes) -> Mapping[str, Any]:
     try:
         if not header.startswith(b"{"):
-            raise ValueError("the header is not JSON")
-        found = json.loads(header, object_pairs_hook=_unique)
+            raise ValueError("the header is no JSON object")
+        found = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+        for name in found:
+            name.encode("utf-8")  # JSON can spell halves of characters, which nothing can write
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"{error}") from error
+        raise _damaged(path, _defect(error)) from error
     return found  # type: ignore[no-any-return]  # it starts with a brace
+
+
+def _defect(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"the header is not JSON: {error.msg} at its character {error.pos}"
+    return "the header is not UTF-8" if isinstance(error, UnicodeError) else str(error)
 
 
 def _entries(path: str, header: Mapping[str, Any], start: int, size: int) -> dict[str, Entry]:
@@ -63,7 +77,7 @@ def _entries(path: str, header: Mapping[str, Any], start: int, size: int) -> dic
         spec, begin, stop = _tensor(path, name, info)
         if begin != end or stop - begin != spec.nbytes:
             wanted = f"[{end}, {end + spec.nbytes})"
-            raise _damaged(path, f"{name} ({spec}) lies at [{begin}, {stop}) instead of {wanted}")
+            raise _damaged(path, f"{name!r} ({spec}) lies at [{begin}, {stop}) instead of {wanted}")
         end = stop
         entries[name] = Entry(name, spec, path, start + begin, spec.nbytes)
     if start + end != size:
@@ -80,8 +94,8 @@ def _order(item: tuple[str, Any]) -> tuple[int, int]:
 
 def _tensor(path: str, name: str, info: Any) -> tuple[TensorSpec, int, int]:
     match info:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(stop)]} if all(
-            type(side) is int and 0 <= side < 1 << 48 for side in shape
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, stop]} if all(
+            type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, stop)
         ):
             pass
         case _:
@@ -91,5 +105,5 @@ def _tensor(path: str, name: str, info: Any) -> tuple[TensorSpec, int, int]:
     except ValueError as error:
         hint = f"known: {', '.join(d.value for d in DType)}"
         raise SourceError(
-            "KB203", f"{name} has the dtype {dtype!r}, which we do not know", at=path, hint=hint
+            "KB203", f"{name!r} has the dtype {dtype!r}, which we do not know", at=path, hint=hint
         ) from error

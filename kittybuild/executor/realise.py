@@ -5,17 +5,20 @@ An input whose bytes are nowhere is made in memory first, and so on down: nothin
 
 from __future__ import annotations
 
-import contextlib
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
+from xxhash import xxh3_64
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files, RawReader
 from kittybuild.digest import Digest
-from kittybuild.errors import KittybuildError, SourceError
-from kittybuild.executor.blocks import Feed, Output, Sink, StreamJob
+from kittybuild.errors import BuildError, KittybuildError
+from kittybuild.executor.blocks import Feed, Output, Sink, StreamJob, nonfinite, torch_dtype
 from kittybuild.executor.budget import block_elements, cost, streamed
-from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor
+from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
+from kittybuild.model.plan import inputs_of
 from kittybuild.planner.known import Known, memo_name
 from kittybuild.store.store import Location, Store
 from kittybuild.tensors import TensorRef, TensorSpec
@@ -55,15 +58,18 @@ class Realiser:
     def __init__(self, known: Known, store: Store, files: Files, builders: Builders, share: int) -> None:
         self.known, self.store, self.files, self.builders, self.share = known, store, files, builders, share
 
-    def cost(self, drv: Derivation) -> int:
-        """The bytes of memory that making it takes, with what must be made in memory for it."""
-        builder = self.builders[drv.builder]
-        total = cost(builder, drv, block_elements(builder, drv, self.share))
-        for given in drv.inputs:
-            if isinstance(given, StageTensor) and self._location(given) is None:
-                step = self.known.plan.step(given)
-                total += given.spec.nbytes + (self.cost(step) if isinstance(step, Derivation) else 0)
-        return total
+    def cost(self, step: Step) -> int:
+        """The bytes of memory that making a tensor takes, with what must be made in memory for it."""
+        own = CHUNK
+        if isinstance(step, Derivation):
+            builder = self.builders[step.builder]
+            own = cost(builder, step, block_elements(builder, step, self.share))
+        return own + sum(self._made_for(given) for given in inputs_of(step))
+
+    def _made_for(self, given: Input) -> int:
+        if isinstance(given, SourceTensor) or self._location(given) is not None:
+            return 0
+        return given.spec.nbytes + self.cost(self.known.plan.step(given))
 
     def make(self, name: str, drv: Derivation, sink: Sink) -> Made:
         """Run the builder of `drv` into `sink`, and record what came out under the resolved key."""
@@ -76,6 +82,9 @@ class Realiser:
         except KittybuildError as error:
             error.at = error.at or name
             raise
+        except (MemoryError, RuntimeError) as error:
+            hint = "if memory ran out: fewer --jobs, a smaller --memory"
+            raise BuildError("KB501", f"{drv.builder} failed: {error}", at=name, hint=hint) from error
         refs = [self._learned(given, feed) for given, feed in zip(drv.inputs, feeds, strict=True)]
         ref, xxh3 = output.result()
         key = drv.key(refs)
@@ -84,20 +93,23 @@ class Realiser:
 
     def take(self, given: Input, sink: Sink) -> Made:
         """The bytes of an input as they are."""
-        feed = self._feed(given)
-        output = Output(given.spec, sink)
-        buffer = bytearray(min(CHUNK, given.spec.nbytes))
-        for start in range(0, given.spec.nbytes, CHUNK):
-            part = memoryview(buffer)[: min(CHUNK, given.spec.nbytes - start)]
-            feed.read(start, part, last=True)
-            output.put_bytes(part)
-        self._learned(given, feed)
-        ref, xxh3 = output.result()
-        return Made(ref, xxh3, None, 0)
+        feed, check, count = self._feed(given), xxh3_64(), 0
+        for start, part in _passing(feed):
+            check.update(part)
+            sink.write(start, part)
+            if given.spec.dtype.is_float:
+                count += nonfinite(torch.frombuffer(part, dtype=torch_dtype(given.spec.dtype)))
+        return Made(self._learned(given, feed), check.hexdigest(), None, count)
 
     def digest(self, given: SourceTensor) -> TensorRef:
         """The content of a source tensor, read once if it is unknown."""
-        return self.known.ref(given) or self.take(given, _Nowhere()).ref
+        ref = self.known.ref(given)
+        if ref is None:
+            feed = self._feed(given)
+            for _ in _passing(feed):
+                pass
+            ref = self._learned(given, feed)
+        return ref
 
     def _location(self, given: StageTensor) -> Location | None:
         ref = self.known.ref(given)
@@ -119,30 +131,30 @@ class Realiser:
 
     def _learned(self, given: Input, feed: Feed) -> TensorRef:
         ref = feed.ref()
+        if isinstance(given, SourceTensor):  # what was made of other bytes must not be recorded
+            self.known.check_unchanged(self.known.entry(given).file)
         if self.known.ref(given) is None:
             self.known.learn(given, ref)
         return ref
 
 
-class _Nowhere:
-    """A sink for tensors of which only the content is wanted."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """See Sink."""
+def _passing(feed: Feed) -> Iterator[tuple[int, memoryview]]:
+    """All bytes of an input, a chunk at a time in one buffer."""
+    nbytes = feed.spec.nbytes
+    buffer = memoryview(bytearray(min(CHUNK, nbytes)))
+    for start in range(0, nbytes, CHUNK):
+        part = buffer[: min(CHUNK, nbytes - start)]
+        feed.read(start, part, last=True)
+        yield start, part
 
 
 def remember_sources(known: Known, store: Store) -> None:
-    """Keep the digests of source tensors for the next build; raises SourceError KB220 if a file changed meanwhile."""
+    """Keep the digests of source tensors for the next build; raises SourceError KB210 if a file changed meanwhile."""
     facts: dict[str, dict[str, Digest]] = {}
     for given, ref in known.contents():
         if isinstance(given, SourceTensor):
             entry = known.entry(given)
             facts.setdefault(entry.file, {})[memo_name(entry)] = ref.digest
     for path, found in facts.items():
-        before = known.file_id(path)
-        with contextlib.suppress(OSError):
-            if type(before).of(path) == before:
-                store.remember(before.key(), found)
-                continue
-        hint = "build again when nothing writes to it"
-        raise SourceError("KB220", "the file changed while it was read", at=os.fspath(path), hint=hint)
+        known.check_unchanged(path)
+        store.remember(known.file_id(path).key(), found)

@@ -5,9 +5,11 @@ Every finished tensor is journalled with its pack, so that a run cut short anywh
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +17,7 @@ import torch
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
-from kittybuild.errors import BuildError
+from kittybuild.errors import BuildError, KittybuildError
 from kittybuild.executor.budget import Budget
 from kittybuild.executor.crew import Crew
 from kittybuild.executor.events import Events
@@ -25,6 +27,7 @@ from kittybuild.model.manifest import ManifestShard
 from kittybuild.model.plan import StagePlan
 from kittybuild.planner.known import Known
 from kittybuild.planner.lower import DEFAULT_SHARD, shards_of
+from kittybuild.planner.recall import PROBES_PER_HIT, probes, recalled, unresolved
 from kittybuild.planner.work import Shard, has_bytes, layout_of, stage_work
 from kittybuild.store.problems import DamagedTensor
 from kittybuild.store.store import Store
@@ -65,24 +68,36 @@ def run(known: Known, store: Store, builders: Builders, limits: Limits, events: 
     torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
     for attempt in range(ATTEMPTS):
         current = known if attempt == 0 else Known(known.plan, known.sources, store)
-        with Files() as files, Crew(limits.jobs) as crew:
-            try:
-                state = _Run(current, store, builders, limits, events, files, crew)
-                return state.all_stages(), (files.bytes_read, state.written)
-            except DamagedTensor as damage:
+        try:
+            return _attempt(current, known, store, builders, limits, events)
+        except DamagedTensor as damage:
+            if os.path.exists(damage.path):  # else it has only moved, as packs do when they are finished
                 events.note(f"{damage.path} is damaged: it is set aside and its tensors are made again")
-                store.discard(damage.path)
-            finally:
-                _remember(current, known, store)
+            store.discard(damage.path)
+            store.salvage()  # what this attempt finished
     raise BuildError(
         "KB505", f"damaged tensors turned up {ATTEMPTS} times", hint="run `kittybuild store check`; is the disk well?"
     )
 
 
+def _attempt(current: Known, known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
+    try:
+        with Files() as files, Crew(limits.jobs) as crew:
+            state = _Run(current, store, builders, limits, events, files, crew)
+            ran = state.all_stages(), (files.bytes_read, state.written)
+    except BaseException:
+        with suppress(KittybuildError):  # the first error counts
+            _remember(current, known, store)
+        raise
+    _remember(current, known, store)
+    return ran
+
+
 def _remember(current: Known, known: Known, store: Store) -> None:
-    remember_sources(current, store)
+    """Keep what was learned of the sources for later builds, and all of it for this one."""
     for given, ref in current.contents():
         known.learn(given, ref)
+    remember_sources(current, store)
 
 
 class _Run:
@@ -108,10 +123,28 @@ class _Run:
     def all_stages(self) -> dict[str, StageResult]:
         results = {}
         for name in self.known.plan.stages:
+            self.known.forget_places()
             self.known.look_up(name)
+            self._recall(name)
             results[name] = self._stage(name)
         self._digest_the_rest()
         return results
+
+    def _recall(self, name: str) -> None:
+        """Digest unknown sources before anything is made, if a few show that the store knows what is made of them."""
+        steps = self.known.plan.stages[name].steps
+        waiting = unresolved(steps, self.known)
+        tried = probes(waiting)
+        self._digest(name, [given for tensor in tried for given in waiting[tensor]])
+        hits = sum(recalled(self.known, steps[tensor], name, tensor) for tensor in tried)
+        if hits and PROBES_PER_HIT * hits >= len(tried):
+            self._digest(name, [given for missing in waiting.values() for given in missing])
+
+    def _digest(self, name: str, sources: list[SourceTensor]) -> None:
+        for done in [self.crew.make(partial(self.realiser.digest, given)) for given in dict.fromkeys(sources)]:
+            self.crew.result(done)
+        if sources:
+            self.known.look_up(name)
 
     def _stage(self, name: str) -> StageResult:
         work = stage_work(self.known.plan, name, self.known)
@@ -168,7 +201,9 @@ class _Run:
             self.known.learn(tensor, made.ref)
             self._done(writer, name, made, result)
         else:
-            self._done(writer, name, self.realiser.take(step, _Slot(writer, name)), result)
+            with self.budget.admit(self.realiser.cost(step)):
+                made = self.realiser.take(step, _Slot(writer, name))
+            self._done(writer, name, made, result)
         self.events.advance(step.spec.nbytes)
         self._flush_now_and_then(writer, step.spec.nbytes)
 

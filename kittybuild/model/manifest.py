@@ -41,7 +41,8 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage made. `shards` hold all tensors of an output; of an intermediate stage only the computed ones."""
+    """What a stage made. `shards` hold all tensors of an output; an intermediate stage has none: where its tensors lie,
+    and whether they are kept, depends on what was built before."""
 
     tensors: tuple[ManifestTensor, ...]
     shards: tuple[ManifestShard, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,28 +31,29 @@ class Param:
     def parse(self, value: Scalar) -> Scalar:
         """`value` as this parameter's type and within its range; raises ValueError with what is wanted."""
         parsed = _KINDS[self.kind](value)
-        if isinstance(parsed, float) and parsed != parsed:
-            raise ValueError("must be a number")
         if not isinstance(parsed, str) and (
             (self.low is not None and parsed < self.low) or (self.high is not None and parsed > self.high)
         ):
-            raise ValueError(f"must lie in {self.range_text()}")
+            raise ValueError(f"must be {self.range_text()}")
         return parsed
 
     def range_text(self) -> str:
         """The range for a person."""
-        low = "-inf" if self.low is None else f"{self.low:g}"
-        high = "inf" if self.high is None else f"{self.high:g}"
-        return f"{low} .. {high}"
+        if self.low is None or self.high is None:
+            return f"at most {self.high:g}" if self.low is None else f"at least {self.low:g}"
+        return f"between {self.low:g} and {self.high:g}"
 
 
 def _as_float(value: Scalar) -> float:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError("must be a number") from None
-    return float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
 
 
 def _as_int(value: Scalar) -> int:

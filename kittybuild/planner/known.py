@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from kittybuild.checkpoint.source import RAW, Entry, FileId
 from kittybuild.digest import Digest
+from kittybuild.errors import SourceError
 from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
 from kittybuild.model.plan import Plan
 from kittybuild.planner.views import Sources
@@ -26,7 +27,8 @@ class Known:
 
     def __init__(self, plan: Plan, sources: Sources, store: Store | None) -> None:
         self.plan, self.sources, self.store = plan, sources, store
-        self.file_ids: dict[str, FileId] = {}
+        self._listed = {file for checkpoint in sources.checkpoints.values() for file in checkpoint.files}
+        self._file_ids: dict[str, FileId] = {}
         self._memos: dict[str, Mapping[str, Digest]] = {}
         self._refs: dict[Input, TensorRef] = {}
         self._locations: dict[Digest, Location] = {}
@@ -36,10 +38,26 @@ class Known:
         return self.sources.checkpoints[tensor.source].entries[tensor.name]
 
     def file_id(self, path: str) -> FileId:
-        """The identity of a source file as it was when first asked for."""
-        if path not in self.file_ids:
-            self.file_ids[path] = FileId.of(path)
-        return self.file_ids[path]
+        """The identity of a source file, which is still the one whose header was read. Raises SourceError."""
+        if path not in self._file_ids:
+            self._file_ids[path] = self._identify(path)
+        return self._file_ids[path]
+
+    def check_unchanged(self, path: str) -> None:
+        """Raise SourceError KB210 if a source file is not the one whose header was read any more."""
+        before = self.file_id(path)
+        if self._identify(path) != before:
+            raise _changed(path)
+
+    def _identify(self, path: str) -> FileId:
+        try:
+            found = FileId.of(path)
+        except OSError as error:
+            hint = "it was there when the build began"
+            raise SourceError("KB201", f"cannot read: {error.strerror}", at=path, hint=hint) from error
+        if found not in self._listed:
+            raise _changed(path)
+        return found
 
     def ref(self, step: Step, stage: str = "", name: str = "") -> TensorRef | None:
         """The content of an input, or of the derivation behind tensor `name` of `stage`, if it is known."""
@@ -93,6 +111,15 @@ class Known:
             self.locate([digest])
         return self._locations.get(digest)
 
+    def forget_places(self) -> None:
+        """Forget where contents lie: packs that were finished meanwhile have other paths."""
+        self._locations.clear()
+
     def contents(self) -> tuple[tuple[Input, TensorRef], ...]:
         """Everything known so far."""
         return tuple(self._refs.items())
+
+
+def _changed(path: str) -> SourceError:
+    hint = "build again when nothing writes to it"
+    return SourceError("KB210", "the file changed during the build", at=path, hint=hint)

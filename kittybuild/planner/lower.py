@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kittybuild.builders.base import Builders
-from kittybuild.errors import KittybuildError, UsageError, nearest, raise_all
+from kittybuild.errors import KittybuildError, PlanError, UsageError, nearest, raise_all
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage
@@ -45,7 +45,7 @@ def lower(recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Bui
         elif kept[name]:
             stages[name] = replace(stage, steps={n: step for n, step in stage.steps.items() if n in kept[name]})
     notes = tuple(f"{c.where}: {note}" for c in sources.checkpoints.values() for note in c.notes)
-    return Plan(stages, (*recipe.notes, *notes))
+    return Plan(stages, (*recipe.notes, *lowering.notes, *notes))
 
 
 def shards_of(steps: Mapping[str, Step], shard_size: int) -> tuple[tuple[str, ...], ...]:
@@ -83,6 +83,8 @@ class _Lowering:
         self.problems: list[KittybuildError] = []
         self.done: dict[str, StagePlan] = {}
         self.views: dict[str, View] = {}
+        self.broken: set[str] = set()
+        self.notes: list[str] = []
 
     def stage(self, name: str) -> View:
         """The model that a stage makes."""
@@ -100,15 +102,29 @@ class _Lowering:
         elif key not in self.views:
             if ref.model in self.recipe.stages and ref.revision is None:
                 return self.stage(ref.model)
-            self.views[key] = self.sources.view(ref.base_text)
+            self.views[key] = self._source(ref)
         return self.views[key]
 
+    def _source(self, ref: ModelRef) -> View:
+        if self.sources.checkpoints[ref.base_text].kind != "adapter":
+            return self.sources.view(ref.base_text)
+        hint = f"name its base with it: BASE+{ref}"
+        self.problems.append(PlanError("KB307", f"{ref} is an adapter, not a model", at=str(ref.at), hint=hint))
+        self.broken.add(str(ref))
+        return View(str(ref), {}, None, None)
+
     def _lower(self, stage: Stage) -> None:
+        for ref in stage.references():
+            self.view(ref)
+        if self.broken & {str(ref) for ref in stage.references()}:  # what follows from it is no news
+            self._break(stage)
+            return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
             merge = MergeLowering(stage, self.view, self.builders, self.problems)
             steps = merge.steps()
             donor, config = merge.donor(), merge.config()
+            self.notes += merge.notes
         else:
             donor = self.view(stage.base)
             adapters = []
@@ -120,11 +136,17 @@ class _Lowering:
                     self.problems.append(error)
             steps = lower_lora(stage, donor, adapters, self.builders, self.problems)
             config = donor.config
-        if len(self.problems) == before:
-            config = config and _dtype_fixed(config, donor, steps)
+        if len(self.problems) > before:
+            self._break(stage)
+            return
+        config = config and _dtype_fixed(config, donor, steps)
         self.done[stage.name] = StagePlan(stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep)
         tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
         self.views[stage.name] = View(stage.name, tensors, donor.donor, config)
+
+    def _break(self, stage: Stage) -> None:
+        self.broken.add(stage.name)
+        self.views[stage.name] = View(stage.name, {}, None, None)
 
     def _input(self, stage: str, name: str, step: Step) -> Input:
         return StageTensor(stage, name, step.spec) if isinstance(step, Derivation) else step

@@ -42,6 +42,10 @@ def lower_lora(
             problems.append(error)
     for use in applied:
         _check(stage, base, use, problems)
+    if len({use.adapter.transposed for use in applied}) > 1:
+        sides = ", ".join(f"{use.source} {'true' if use.adapter.transposed else 'false'}" for use in applied)
+        message = f"the adapters disagree on how {base.label} keeps its weights (fan_in_fan_out: {sides})"
+        problems.append(PlanError("KB310", message, at=str(stage.at), hint="is each of them made for this base?"))
     dtype = stage.out_dtype or stage.dtype
     steps: dict[str, Step] = {}
     for name in sorted(base.tensors, key=natural):
@@ -72,9 +76,9 @@ def _check(stage: ApplyLoraStage, base: View, use: Applied, problems: list[Kitty
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         message = f"{base.label} has no weight for {unknown[0]}{more}, which the adapter {use.source} changes"
-        hint = (
-            nearest(f"{unknown[0]}.weight", base.tensors) if len(unknown) == 1 else "is the adapter made for this base?"
-        )
+        hint = "is the adapter made for this base?"
+        if len(unknown) == 1:
+            hint = nearest(f"{unknown[0]}.weight", base.tensors)
         problems.append(PlanError("KB306", message, at=str(stage.at), hint=hint))
     wrong = {}
     for module, pair in use.adapter.modules.items():
@@ -83,6 +87,9 @@ def _check(stage: ApplyLoraStage, base: View, use: Applied, problems: list[Kitty
         wanted = (wanted[1], wanted[0]) if use.adapter.transposed else wanted
         if weight and weight.spec.shape != wanted:
             wrong[module] = (weight.spec.shape, wanted)
+        elif weight and not weight.spec.dtype.is_float:
+            message = f"{module}.weight of {base.label} is {weight.spec}: an adapter adds to floating point only"
+            problems.append(PlanError("KB311", message, at=str(stage.at), hint="give the base before quantisation"))
     _report_shapes(stage, base, use, wrong, problems)
 
 
@@ -95,7 +102,7 @@ def _report_shapes(
 ) -> None:
     if wrong:
         module, (has, wanted) = next(iter(wrong.items()))
-        more = f" (and {len(wrong) - 1} more modules)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         message = f"{module}: {base.label} has {list(has)}, the adapter {use.source} is for {list(wanted)}{more}"
         hint = "the adapter was made for a base of another size"
         problems.append(PlanError("KB301", message, at=str(stage.at), hint=hint))

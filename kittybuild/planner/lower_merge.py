@@ -10,11 +10,11 @@ from kittybuild.builders.base import Builder, Builders
 from kittybuild.errors import KittybuildError, PlanError, RecipeError, nearest
 from kittybuild.model.derivation import Derivation, Input, Step
 from kittybuild.model.method import Param, Scalar
-from kittybuild.model.recipe import MergeStage, ModelRef, ModelUse, Slice
+from kittybuild.model.recipe import MergeStage, ModelRef, ModelUse, Parameters, Slice
 from kittybuild.planner.config import with_layers
 from kittybuild.planner.names import before_layers, layer_of, natural, stacks
 from kittybuild.planner.views import View
-from kittybuild.recipe.settings import resolve
+from kittybuild.recipe.settings import resolve, unused
 from kittybuild.tensors import DType, TensorSpec
 
 Views = Callable[[ModelRef], View]
@@ -23,16 +23,20 @@ SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One output tensor: its name, the slice it is in, its name in each source, its position in the slice."""
+    """One output tensor: its name, the slice it is in, its name in each source, its position in the slice.
+
+    `lead`: the model whose names count.
+    """
 
     name: str
     part: Slice
     names: tuple[str, ...]
     t: float
+    lead: View
 
 
 class MergeLowering:
-    """One merge stage on its way to steps. `problems` collects what is wrong."""
+    """One merge stage on its way to steps. `problems` collects what is wrong, `notes` what a person should know."""
 
     def __init__(self, stage: MergeStage, views: Views, builders: Builders, problems: list[KittybuildError]) -> None:
         self.stage, self.views, self.problems = stage, views, problems
@@ -42,6 +46,8 @@ class MergeLowering:
         self.method = self.builder.method
         self.missing: dict[tuple[str, str], list[str]] = {}
         self.shapes: dict[str, Mapping[str, TensorSpec]] = {}
+        self.told: set[tuple[str, str]] = set()
+        self.notes: list[str] = []
 
     def steps(self) -> dict[str, Step]:
         """The steps of all output tensors, in natural order of their names."""
@@ -49,9 +55,10 @@ class MergeLowering:
         counted = [self._count_fits(part) for part in parts]
         if not all(counted):
             return {}
-        rows = self._sliced(parts) if self.stage.slices else self._whole(parts[0])
+        rows = list(self._sliced(parts) if self.stage.slices else self._whole(parts[0]))
         found = {row.name: self._step(row) for row in rows}
         self._report()
+        self._note_unused(rows)
         return {name: found[name] for name in sorted(found, key=natural) if found[name] is not None}  # type: ignore[misc]
 
     def donor(self) -> View:
@@ -65,7 +72,16 @@ class MergeLowering:
             return donor.config
         counts = stacks(donor.tensors)
         layers = [layer for part in self.stage.slices for layer in range(*(part.sources[0].layers or (0, 0)))]
-        return with_layers(donor.config, next(iter(counts.values())), layers) if len(counts) == 1 else donor.config
+        if len(counts) != 1:
+            return donor.config
+        old = next(iter(counts.values()))
+        changed = with_layers(donor.config, old, layers)
+        if changed == donor.config and len(layers) != old:
+            self.notes.append(
+                f"{self.stage.at}: the config.json of {donor.label} names no number of {old} layers that"
+                f" could become {len(layers)}: change it by hand"
+            )
+        return changed
 
     def _fail(self, code: str, message: str, at: object, hint: str | None = None) -> None:
         self.problems.append(PlanError(code, message, at=str(at), hint=hint))
@@ -96,7 +112,11 @@ class MergeLowering:
             return False
         if len(refs) < method.least or (method.most is not None and len(refs) > method.most):
             counted = " (the base model counts)" if base in refs else ""
-            self._fail("KB309", f"{method.name} takes {method.counts_text()}, here are {len(refs)}{counted}", part.at)
+            hint = "take some away, or choose another method" if len(refs) > method.least else "add one"
+            if base in refs and base not in [use.model for use in self.stage.models] and not self.stage.slices:
+                hint = "base_model is one of them: take it away, or one of the others"
+            message = f"{method.name} takes {method.counts_text()}, here are {len(refs)}{counted}"
+            self._fail("KB309", message, part.at, hint)
             return False
         return True
 
@@ -111,27 +131,47 @@ class MergeLowering:
             layer = layer_of(name)
             last = counts[layer.stack] - 1 if layer else 0
             t = (layer.index / last if last else 1.0) if layer else 0.0
-            yield Row(name, part, (name,) * len(part.sources), t)
+            yield Row(name, part, (name,) * len(part.sources), t, lead)
 
     def _sliced(self, parts: tuple[Slice, ...]) -> Iterator[Row]:
         fits = [self._range_fits(use) for part in parts for use in part.sources]
         if not all(fits):
             return
+        leads = [self.views(part.sources[0].model) for part in parts]
+        self._outer_fit(leads[0], leads[-1])
         total = 0
-        for index, part in enumerate(parts):
-            lead = self.views(part.sources[0].model)
-            first = part.sources[0].layers or (0, 0)
-            count = first[1] - first[0]
+        for index, (part, lead) in enumerate(zip(parts, leads, strict=True)):
+            spans = [use.layers or (0, 0) for use in part.sources]
+            first, count = spans[0], spans[0][1] - spans[0][0]
             for name in lead.tensors:
                 layer = layer_of(name)
                 if layer is None:
                     if index == (0 if before_layers(name) else len(parts) - 1):
-                        yield Row(name, part, (name,) * len(part.sources), 0.0)
+                        yield Row(name, part, (name,) * len(part.sources), 0.0, lead)
                 elif first[0] <= layer.index < first[1]:
                     j = layer.index - first[0]
-                    names = tuple(layer.at((use.layers or first)[0] + j) for use in part.sources)
-                    yield Row(layer.at(total + j), part, names, j / (count - 1) if count > 1 else 1.0)
+                    names = tuple(layer.at(span[0] + j) for span in spans)
+                    yield Row(layer.at(total + j), part, names, j / (count - 1) if count > 1 else 1.0, lead)
+            for use, span in zip(part.sources[1:], spans[1:], strict=True):
+                self._extra(lead, first, self.views(use.model), span)
             total += count
+
+    def _outer_fit(self, first: View, last: View) -> None:
+        """What stands before the layers comes from the first slice and the rest from the last: neither may be lost."""
+        for lacking, having in ((first, last), (last, first)):
+            lost = [name for name in having.tensors if layer_of(name) is None and name not in lacking.tensors]
+            if lost:
+                self.missing.setdefault((lacking.label, having.label), []).extend(lost)
+
+    def _extra(self, lead: View, first: tuple[int, int], view: View, span: tuple[int, int]) -> None:
+        """Tensors of a source's layers that the first source of the slice lacks."""
+        for name in view.tensors:
+            layer = layer_of(name)
+            if layer is None or not span[0] <= layer.index < span[1]:
+                continue
+            wanted = layer.at(first[0] + layer.index - span[0])
+            if wanted not in lead.tensors:
+                self.missing.setdefault((lead.label, view.label), []).append(wanted)
 
     def _range_fits(self, use: ModelUse) -> bool:
         view = self.views(use.model)
@@ -145,7 +185,8 @@ class MergeLowering:
             return False
         count = next(iter(counts.values()))
         if use.layers and use.layers[1] > count:
-            self._fail("KB303", f"{use.model} has the layers [0, {count}), not {list(use.layers)}", use.at)
+            hint = "layers count from 0, and the end is not taken"
+            self._fail("KB303", f"{use.model} has the layers [0, {count}), not {list(use.layers)}", use.at, hint)
             return False
         return True
 
@@ -156,17 +197,15 @@ class MergeLowering:
             if found := view.tensors.get(name):
                 inputs.append((use, name, found))
             else:
-                self.missing.setdefault((view.label, self.views(row.part.sources[0].model).label), []).append(name)
+                self.missing.setdefault((view.label, row.lead.label), []).append(name)
         if len(inputs) < len(row.names):
             return None
         base = self._base_of(row.part)
         if self.method.base == "required":
             inputs.sort(key=lambda item: item[0].model != base)  # the base first, the others as they stand
         specs = {str(use.model): tensor.spec for use, _, tensor in inputs}
-        if (
-            len({spec.shape for spec in specs.values()}) > 1
-            or len({spec.dtype.is_float for spec in specs.values()}) > 1
-        ):
+        kinds = {"float" if spec.dtype.is_float else spec.dtype for spec in specs.values()}
+        if len({spec.shape for spec in specs.values()}) > 1 or len(kinds) > 1:
             self.shapes[row.name] = specs
             return None
         return self._derive(row, inputs)
@@ -206,43 +245,75 @@ class MergeLowering:
         try:
             found = resolve(param, scopes, t)
         except RecipeError as error:
-            if not any(str(known) == str(error) for known in self.problems):
-                self.problems.append(error)
+            self._tell(error)
             return param.default
         if found is None:
-            whose = f" of {use.model}" if use else ""
-            at = str(use.at if use else self.stage.at)
-            message = f"{self.method.name} needs the parameter {param.name!r}{whose}"
-            if not any(
-                known.code == "KB115" and known.message.startswith(message) and known.at == at
-                for known in self.problems
-            ):
-                hint = f"add `{param.name}:` under `parameters:` (nothing given matches {scopes[0][1]})"
-                self.problems.append(RecipeError("KB115", message, at=at, hint=hint))
+            self._tell(self._not_given(param, scopes, use))
             return param.default
         return found.value
+
+    def _not_given(self, param: Param, scopes: list[Any], use: ModelUse | None) -> RecipeError:
+        message = f"{self.method.name} needs the parameter {param.name!r}" + (f" of {use.model}" if use else "")
+        if any(param.name in parameters for parameters, _ in scopes):
+            hint = f"no filter takes {scopes[0][1]}: add an entry without one"
+        elif use and use not in self.stage.models and not self.stage.slices:
+            hint = f"base_model is merged like the others: list it with its {param.name}, or leave it out"
+        else:
+            hint = f"add `{param.name}:` under `parameters:`"
+        return RecipeError("KB115", message, at=str(use.at if use else self.stage.at), hint=hint)
+
+    def _tell(self, error: RecipeError) -> None:
+        """Note a problem of a parameter, once for all tensors."""
+        if (error.code, str(error.at)) not in self.told:
+            self.told.add((error.code, str(error.at)))
+            self.problems.append(error)
+
+    def _note_unused(self, rows: list[Row]) -> None:
+        """Note the filters that take no tensor: most often a slip of the pen."""
+        levels: list[tuple[Parameters, list[str]]] = [(self.stage.parameters, [row.name for row in rows])]
+        for part in {id(row.part): row.part for row in rows}.values():
+            inside = [row for row in rows if row.part is part]
+            levels.append((part.parameters, [row.name for row in inside]))
+            levels += [(use.parameters, [row.names[i] for row in inside]) for i, use in enumerate(part.sources)]
+        for parameters, names in levels:
+            for name, given in parameters.items():
+                for item in unused(given, names):
+                    what = "the value without a filter" if item.filter is None else f"the filter {item.filter!r}"
+                    self.notes.append(f"{given.at}: {what} of {name!r} takes no tensor")
 
     def _report(self) -> None:
         """Missing tensors and unequal shapes, each kind in one error."""
         for (lacking, having), names in self.missing.items():
             unique = sorted(set(names), key=natural)
-            rows = "".join(f"\n  {name}" for name in unique[:SHOWN])
-            more = f"\n  and {len(unique) - SHOWN} more" if len(unique) > SHOWN else ""
-            near = (
-                nearest(unique[0], self.views_by_label(lacking)) if len(unique) == 1 else "are these models siblings?"
-            )
-            text = f"{lacking} lacks {len(unique)} tensors that {having} has:{rows}{more}"
-            self._fail("KB302", text.replace(" 1 tensors", " a tensor"), self.stage.at, near)
+            text = f"{lacking} lacks {counted(len(unique), 'tensor')} that {having} has:{_rows(unique)}"
+            if unique == ["lm_head.weight"]:
+                hint = f"{lacking} uses its embedding as its head: save it with a head of its own"
+            else:
+                near = self.views_by_label(lacking)
+                hint = nearest(unique[0], near) if len(unique) == 1 and near else "are these models siblings?"
+            self._fail("KB302", text, self.stage.at, hint)
         if self.shapes:
-            shown = list(self.shapes.items())[:SHOWN]
-            rows = "".join(f"\n  {name}: " + ", ".join(f"{m} {s}" for m, s in specs.items()) for name, specs in shown)
-            more = f"\n  and {len(self.shapes) - SHOWN} more" if len(self.shapes) > SHOWN else ""
+            shown = [
+                f"{name}: " + ", ".join(f"{m} {s}" for m, s in specs.items()) for name, specs in self.shapes.items()
+            ]
             hint = "only tensors of one shape can be merged; where vocabularies differ, bring them to one size first"
-            self._fail(
-                "KB301", f"the inputs of {len(self.shapes)} tensors differ in shape{rows}{more}", self.stage.at, hint
-            )
+            if all(len({spec.shape for spec in specs.values()}) == 1 for specs in self.shapes.values()):
+                hint = "integers are only taken over, where they are the same in all models"
+            what = counted(len(self.shapes), "tensor")
+            self._fail("KB301", f"the inputs of {what} do not fit each other:{_rows(shown)}", self.stage.at, hint)
 
     def views_by_label(self, label: str) -> list[str]:
         """The tensor names of the model with that label."""
         refs = [use.model for part in self._parts() for use in part.sources]
         return next((list(view.tensors) for view in map(self.views, refs) if view.label == label), [])
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _rows(names: list[str]) -> str:
+    """The first of them, each on its own line."""
+    more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "".join(f"\n  {name}" for name in names[:SHOWN]) + more

@@ -102,5 +102,6 @@ def need_adapter(sources: Sources, name: str, at: At) -> Checkpoint:
     """The adapter source `name`; PlanError KB307 if it is a model."""
     checkpoint = sources.checkpoints[name]
     if checkpoint.kind != "adapter":
-        raise PlanError("KB307", f"{name} is no adapter: {checkpoint.where} has no adapter_config.json", at=str(at))
+        message = f"{name} is not an adapter: there is no adapter_config.json in {checkpoint.where}"
+        raise PlanError("KB307", message, at=str(at), hint="give the adapter's own folder, as peft saves it")
     return checkpoint

@@ -105,4 +105,3 @@ def demand(plan: Plan, known: Known) -> Mapping[str, frozenset[str]]:
                     if isinstance(step, (Derivation, StageTensor)) and not has_bytes(known, step, stage.name, name):
                         run(step)
     return {stage: frozenset(names) for stage, names in needed.items()}
-

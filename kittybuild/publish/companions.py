@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 from kittybuild.checkpoint.reading import read_companion
-from kittybuild.checkpoint.source import Companion, FileId
+from kittybuild.checkpoint.source import Checkpoint, Companion, FileId
 from kittybuild.digest import tagged
+from kittybuild.errors import SourceError
 from kittybuild.model.manifest import ManifestFile
 from kittybuild.model.plan import StagePlan
 from kittybuild.planner.views import Sources
@@ -14,17 +16,19 @@ from kittybuild.store.store import Store
 
 
 def companion_files(stage: StagePlan, sources: Sources, store: Store) -> tuple[ManifestFile, ...]:
-    """The companion files of a stage, put into the store."""
+    """The companion files of a stage, put into the store. Raises SourceError KB210 if one changed meanwhile."""
     if stage.donor is None:
         return ()
     donor = sources.checkpoints[stage.donor]
     found = []
     for companion in donor.companions:
+        _unchanged(companion, donor)
         if companion.name == "config.json" and stage.config is not None and stage.config != donor.config:
             data = (json.dumps(stage.config, indent=2, ensure_ascii=False) + "\n").encode()
             found.append(ManifestFile(companion.name, store.put_file(data), len(data)))
         else:
             found.append(_taken_over(companion, store))
+            _unchanged(companion, donor)
     return tuple(found)
 
 
@@ -38,3 +42,12 @@ def _taken_over(companion: Companion, store: Store) -> ManifestFile:
     if companion.derived:
         store.set_shortcut(key, digest)
     return ManifestFile(companion.name, digest, len(data))
+
+
+def _unchanged(companion: Companion, donor: Checkpoint) -> None:
+    """The file is still the one that was there when the headers were read."""
+    with suppress(OSError):
+        if FileId.of(companion.path) in donor.files:
+            return
+    hint = "build again when nothing writes to it"
+    raise SourceError("KB210", "the file changed during the build", at=companion.path, hint=hint)

@@ -11,13 +11,15 @@ import json
 import os
 from collections.abc import Mapping
 
-from kittybuild.errors import BuildError, StoreError
+from kittybuild.errors import BuildError
 from kittybuild.model.manifest import Manifest
+from kittybuild.publish.place import alone, place, tidy
+from kittybuild.store.problems import failure
 from kittybuild.store.store import Store
 
 PROVENANCE = "kittybuild.json"
-_NEW = ".kittybuild-new"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+_SECOND = 1_000_000_000
 
 
 def shard_names(count: int) -> tuple[str, ...]:
@@ -41,29 +43,20 @@ def publish(manifest: Manifest, folder: str, texts: Mapping[str, bytes], store: 
 
     Raises BuildError KB504 for a folder that is not ours, StoreError for failing file operations.
     """
+    folder = os.path.realpath(folder)  # of a link, what it leads to is replaced, and the link stays
     files = _files(manifest, texts, store)
-    with store.output_lock(folder):
-        if _is_current(folder, manifest, files, store):
-            return False
-        ours = _our_files(folder)
-        new = os.path.abspath(folder) + _NEW
-        try:
-            if os.path.lexists(new):
-                store.disk.rmtree(new)
+    try:
+        with store.output_lock(folder), alone(folder, store.disk):
+            new = tidy(folder, store.disk)
+            if _is_current(folder, manifest, files, store):
+                return False
+            ours = _our_files(folder)
             _fill(new, manifest, files, store)
             _carry_over(folder, new, ours, store)
-            _put_in_place(new, folder, store)
-        except OSError as error:
-            raise _failed(error, folder) from error
+            place(new, folder, store.disk)
+    except OSError as error:
+        raise failure(error, "write the output", folder) from error
     return True
-
-
-def _failed(error: OSError, folder: str) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(
-            "KB704", "the disk is full", at=folder, hint="free some space and build again; nothing is lost"
-        )
-    return StoreError("KB705", f"cannot write the output: {error.strerror}", at=folder, hint="may you write there?")
 
 
 def _files(manifest: Manifest, texts: Mapping[str, bytes], store: Store) -> dict[str, bytes]:
@@ -80,12 +73,11 @@ def _files(manifest: Manifest, texts: Mapping[str, bytes], store: Store) -> dict
 
 
 def _is_current(folder: str, manifest: Manifest, files: Mapping[str, bytes], store: Store) -> bool:
-    """Whether the folder holds just these shards (the packs themselves, or copies as large) and files."""
+    """Whether the folder holds just these shards (the packs themselves, or copies as we make them) and files."""
     try:
         for name, shard in zip(shard_names(len(manifest.shards)), manifest.shards, strict=True):
-            there, pack = os.stat(os.path.join(folder, name)), store.pack(shard.pack)
-            linked = pack is not None and os.path.samestat(there, os.stat(pack))
-            if not linked and (_same_device(folder, store.root) or there.st_size != shard.size):
+            pack = store.pack(shard.pack)
+            if pack is None or not _same(os.stat(os.path.join(folder, name)), os.stat(pack)):
                 return False
         for name, data in files.items():
             with open(os.path.join(folder, name), "rb") as file:
@@ -96,8 +88,12 @@ def _is_current(folder: str, manifest: Manifest, files: Mapping[str, bytes], sto
         return False
 
 
-def _same_device(folder: str, root: str) -> bool:
-    return os.stat(folder).st_dev == os.stat(root).st_dev
+def _same(shard: os.stat_result, pack: os.stat_result) -> bool:
+    """Whether a shard is the pack, or a copy that nobody changed: copies have the pack's time."""
+    apart = abs(shard.st_mtime_ns - pack.st_mtime_ns)
+    whole = shard.st_mtime_ns % _SECOND == 0  # a file system that keeps no finer times
+    same_time = apart == 0 or (whole and apart < 2 * _SECOND)
+    return os.path.samestat(shard, pack) or (same_time and shard.st_size == pack.st_size)
 
 
 def _leftovers(folder: str, wanted: set[str]) -> set[str]:
@@ -130,7 +126,7 @@ def _fill(new: str, manifest: Manifest, files: Mapping[str, bytes], store: Store
         pack = store.pack(shard.pack)
         if pack is None:
             raise BuildError("KB506", f"the store has lost the pack {shard.pack}", hint="build again")
-        _link(pack, os.path.join(new, name), shard.size, store)
+        _link(pack, os.path.join(new, name), store)
     for name, data in files.items():
         path = os.path.join(new, *name.split("/"))
         disk.makedirs(os.path.dirname(path))
@@ -138,53 +134,33 @@ def _fill(new: str, manifest: Manifest, files: Mapping[str, bytes], store: Store
     disk.sync_dir(new)
 
 
-def _link(pack: str, path: str, size: int, store: Store) -> None:
-    """The pack itself under another name; where links do not reach, a copy of it."""
+def _link(old: str, path: str, store: Store) -> None:
+    """A file under another name; where links do not reach, a copy with the same time."""
     disk = store.disk
     try:
-        disk.link(pack, path)
+        disk.link(old, path)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        source = os.open(pack, os.O_RDONLY)
-        target = disk.create(path, size)
-        try:
-            disk.copy_range(source, 0, target, 0, size)
-            disk.fsync(target)
-        finally:
-            os.close(source)
-            disk.close(target)
+        with open(old, "rb") as source:
+            stat = os.fstat(source.fileno())
+            target = disk.create(path, stat.st_size)
+            try:
+                disk.copy_range(source.fileno(), 0, target, 0, stat.st_size)
+                disk.set_time(target, stat.st_mtime_ns)
+                disk.fsync(target)
+            finally:
+                disk.close(target)
 
 
-def _carry_over(folder: str, new: str, ours: frozenset[str], store: Store) -> None:
-    """Files that somebody else put into the old folder go with it."""
-    for top, _, names in os.walk(folder) if os.path.isdir(folder) else ():
-        for name in names:
-            relative = os.path.relpath(os.path.join(top, name), folder).replace(os.sep, "/")
-            target = os.path.join(new, relative)
-            if relative not in ours and not os.path.lexists(target):
-                store.disk.makedirs(os.path.dirname(target))
-                store.disk.link(os.path.join(top, name), target)
-
-
-def _put_in_place(new: str, folder: str, store: Store) -> None:
-    """Swap the folders in one step; where the system cannot, the old one is moved aside for a moment."""
-    disk, folder = store.disk, os.path.abspath(folder)
-    parent = os.path.dirname(folder)
-    if not os.path.isdir(folder):
-        disk.rename(new, folder)
-    else:
-        try:
-            disk.exchange(new, folder)
-        except OSError:
-            aside = folder + ".kittybuild-old"
-            if os.path.lexists(aside):
-                disk.rmtree(aside)
-            disk.rename(folder, aside)
-            disk.rename(new, folder)
-            disk.sync_dir(parent)
-            disk.rmtree(aside)
-            return
-        disk.sync_dir(parent)
-        disk.rmtree(new)
-    disk.sync_dir(parent)
+def _carry_over(old: str, new: str, ours: frozenset[str], store: Store, inner: str = "") -> None:
+    """What somebody else put into the old folder goes with it: files, links, and folders with nothing in them."""
+    for entry in sorted(os.scandir(old), key=lambda entry: entry.name) if os.path.isdir(old) else ():
+        target = os.path.join(new, entry.name)
+        if entry.is_dir(follow_symlinks=False):
+            _carry_over(entry.path, target, ours, store, f"{inner}{entry.name}/")
+            if not os.listdir(entry.path):
+                store.disk.makedirs(target)
+        elif inner + entry.name not in ours and not os.path.lexists(target):
+            store.disk.makedirs(new)
+            _link(entry.path, target, store)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest
-from kittybuild.model.method import Method, find
-from kittybuild.model.recipe import At, Given, MergeStage, ModelUse, Slice
+from kittybuild.model.method import Method, Param, find
+from kittybuild.model.recipe import At, Given, MergeStage, ModelRef, ModelUse, Slice
 from kittybuild.recipe.reference import parse_reference
 from kittybuild.recipe.schema import MergeText, SliceText
-from kittybuild.recipe.settings import parse_setting
+from kittybuild.recipe.settings import parse_setting, scalars
 from kittybuild.recipe.yamltext import Document, Path
 
 Problems = list[KittybuildError]
@@ -18,16 +18,19 @@ Problems = list[KittybuildError]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where in the text we stand, what is known, and the problems so far.
+    """Where in the text we stand, what is known, and the problems and notes so far.
 
-    `notes`: where words of the peers without effect here are noted (a mergekit YAML); None makes them errors.
+    `strict`: words of the peers that have no effect are errors (in a mergekit YAML they are notes). `left_out`: keys of
+    the stage that are noted as wrong already.
     """
 
     document: Document
     path: Path
     methods: tuple[Method, ...]
     problems: Problems
-    notes: list[str] | None = None
+    notes: list[str]
+    strict: bool
+    left_out: frozenset[str] = frozenset()
 
     def fail(self, code: str, message: str, at: At, hint: str | None = None) -> None:
         """Note a problem and go on."""
@@ -35,7 +38,7 @@ class Scope:
 
     def without_effect(self, message: str, at: At, hint: str) -> None:
         """A word that the peers take and ignore."""
-        if self.notes is None:
+        if self.strict:
             self.fail("KB105", message, at, hint)
         else:
             self.notes.append(f"{at}: {message}: it is ignored, as mergekit does")
@@ -48,6 +51,8 @@ class Scope:
 def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     """The stage, without name and dtypes; None where its method is unknown (noted)."""
     _not_yet(form, scope)
+    if scope.strict and form.name is not None:
+        scope.fail("KB102", "unknown key 'name'", scope.at("name"), "a stage has the name that it stands under")
     method = find(scope.methods, form.merge_method)
     if method is None:
         words = [known.name for known in scope.methods]
@@ -58,28 +63,37 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
             nearest(form.merge_method, words),
         )
     given = [key for key in ("models", "slices") if getattr(form, key)]
-    if len(given) != 1:
-        found = "both" if given else "neither"
-        scope.fail(
-            "KB108", f"a merge has either 'models' or 'slices', here are {found}", scope.at(), "keep one of them"
-        )
+    if len(given) != 1 and not {"models", "slices"} & scope.left_out:
+        found, hint = ("both", "keep one of them") if given else ("neither", "list the models under `models:`")
+        scope.fail("KB108", f"a merge has either 'models' or 'slices', here are {found}", scope.at(), hint)
     base = parse_reference(form.base_model, scope.at("base_model"), scope.problems) if form.base_model else None
     per_slice = bool(form.slices) and all(part.base_model for part in form.slices or [])
-    if method and method.base == "required" and not base and not per_slice:
+    if method and method.base == "required" and not base and not per_slice and "base_model" not in scope.left_out:
         scope.fail("KB103", f"{method.name} needs a base_model", scope.at(), "add `base_model: NAME`")
     models = [use for i, item in enumerate(form.models or []) if (use := _use(item, scope, method, "models", i))]
     slices = [part for i, item in enumerate(form.slices or []) if (part := _slice(item, scope, method, i))]
     parameters = _parameters(form.parameters, scope, method, ("parameters",), shared=True)
     if method is None:
         return None
+    if method.base == "required":
+        _base_parameters(method, [(use, base) for use in models], scope)
+        _base_parameters(method, [(use, part.base or base) for part in slices for use in part.sources], scope)
     return MergeStage("", method.name, tuple(models), tuple(slices), base, parameters)
+
+
+def _base_parameters(method: Method, uses: list[tuple[ModelUse, ModelRef | None]], scope: Scope) -> None:
+    """The base of such a method is no input with parameters of its own."""
+    for use, base in uses:
+        for name, given in use.parameters.items() if use.model == base else ():
+            message = f"{name!r} has no effect on the base model: {method.name} works on differences from it"
+            scope.without_effect(message, given.at, "take it out")
 
 
 def _not_yet(form: MergeText, scope: Scope) -> None:
     """What mergekit knows and we do not build yet is an error, never ignored."""
     later = {
         "modules": bool(form.modules),
-        "tokenizer_source": form.tokenizer_source not in (None, "base"),
+        "tokenizer_source": form.tokenizer_source not in (None, "base", form.base_model),
         "tokenizer": form.tokenizer is not None,
         "chat_template": form.chat_template is not None,
     }
@@ -109,7 +123,10 @@ def _slice(item: SliceText, scope: Scope, method: Method | None, index: int) -> 
     uses = tuple(use for use in found if use)
     if len({use.layers[1] - use.layers[0] for use in uses if use.layers}) > 1:
         spans = ", ".join(f"{use.model}: {list(use.layers or ())}" for use in uses)
-        scope.fail("KB113", f"the sources of a slice span unequal numbers of layers ({spans})", scope.at(*path))
+        hint = "give each source of the slice as many layers"
+        scope.fail("KB113", f"the sources of a slice span unequal numbers of layers ({spans})", scope.at(*path), hint)
+    if item.residual_weight is not None:
+        scope.without_effect("'residual_weight' has no effect", scope.at(*path, "residual_weight"), "take it out")
     parameters = _parameters(item.parameters, scope, method, (*path, "parameters"), shared=True)
     return Slice(uses, base, parameters, scope.at(*path)) if len(uses) == len(item.sources) else None
 
@@ -128,12 +145,27 @@ def _parameters(
                 scope.without_effect(message, at, hint)
             else:
                 scope.fail("KB105", message, at, hint)
-        elif param and param.scope == "shared" and not shared and not param.accepted:
+        elif param and param.accepted:
+            scope.notes.append(f"{at}: {name!r} {param.doc}: it is ignored")
+        elif param and param.scope == "shared" and not shared:
             message = f"{name!r} is one value for all models, so it has no effect under one of them"
             scope.without_effect(message, at, "put it under `parameters:` of the slice or of the whole merge")
-        elif value is not None:
-            try:
-                found[name] = parse_setting(value, at)
-            except ValueError as error:
-                scope.fail("KB106", f"{name}: {error}", at)
+        elif value is not None and (setting := _setting(name, value, param, scope, at)):
+            found[name] = setting
     return found
+
+
+def _setting(name: str, value: Any, param: Param | None, scope: Scope, at: At) -> Given | None:
+    """The setting, if each scalar in it is of the parameter's type and range."""
+    try:
+        setting = parse_setting(value, at)
+    except ValueError as error:
+        scope.fail("KB106", f"{name!r} cannot be read: {error}", at)
+        return None
+    for scalar in scalars(setting) if param else ():
+        try:
+            param.parse(scalar)  # type: ignore[union-attr]  # without one there is nothing to parse
+        except ValueError as error:
+            scope.fail("KB106", f"{name!r} cannot be {scalar!r}: it {error}", at)
+            return None
+    return setting

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest, raise_all
@@ -46,32 +47,44 @@ def parse_recipe(text: str, file: str, methods: Sequence[Method]) -> Recipe:
         raise RecipeError("KB103", "the recipe is empty", at=file, hint="start with `kittybuild: 1` or `merge_method:`")
     for document in documents:
         if not isinstance(document.value, dict):
-            raise RecipeError("KB103", "a recipe is a mapping of keys", at=str(document.at(())))
+            hint = "start with `kittybuild: 1` or `merge_method:`"
+            raise RecipeError("KB103", "a recipe is a mapping of keys", at=str(document.at(())), hint=hint)
     own = any("kittybuild" in document.value for document in documents)
     if own and len(documents) > 1:
-        raise RecipeError("KB103", "a recipe of ours is one YAML document", at=str(documents[1].at(())))
+        hint = "put all stages under one `stages:`"
+        raise RecipeError("KB103", "a recipe of ours is one YAML document", at=str(documents[1].at(())), hint=hint)
     problems: Problems = []
     recipe = _own(documents[0], text, methods, problems) if own else _mergekit(documents, text, methods, problems)
     if recipe:
         _check_references(recipe, problems)
-    raise_all(problems)
+    raise_all(sorted(problems, key=_place))
     assert recipe is not None  # without problems there is one
     return recipe
 
 
+def _place(error: KittybuildError) -> tuple[int, ...]:
+    """Problems are told in the order of the text."""
+    return tuple(int(number) for number in (error.at or "").split(":")[-2:] if number.isdigit())
+
+
 def _own(document: Document, text: str, methods: Sequence[Method], problems: Problems) -> Recipe | None:
-    form = check(RecipeText, document.value, document, problems)
+    form, _ = check(RecipeText, document.value, document, problems, deep=2)
+    notes: list[str] = []
     if form is None:  # the stages are looked at all the same, so that their problems come along
         stages = document.value.get("stages")
         for name, stage in stages.items() if isinstance(stages, dict) else ():
             if isinstance(stage, dict):
-                _stage(name, stage, document, methods, problems, {})
+                _stage(name, stage, document, methods, problems, notes)
         return None
     defaults = {"dtype": form.defaults.dtype, "out_dtype": form.defaults.out_dtype}
-    _dtypes(defaults, document, ("defaults",), problems)
+    sound = _dtypes(defaults, document, ("defaults",), problems)
+    defaults = {key: word if sound[key] else None for key, word in defaults.items()}
     sources = {name: _source(name, source, document, problems) for name, source in form.sources.items()}
-    stages = {name: _stage(name, stage, document, methods, problems, defaults) for name, stage in form.stages.items()}
-    outputs = {name: _output(name, output, form, document, problems) for name, output in form.outputs.items()}
+    stages = {
+        name: _stage(name, stage, document, methods, problems, notes, defaults) for name, stage in form.stages.items()
+    }
+    outputs = {name: _output(name, output, document, problems) for name, output in form.outputs.items()}
+    _check_folders(outputs, problems)
     for name in sorted(set(sources) & set(stages)):
         at = str(document.key_at(("stages", name)))
         problems.append(RecipeError("KB110", f"{name!r} is a source and a stage", at=at, hint="rename one of them"))
@@ -83,6 +96,7 @@ def _own(document: Document, text: str, methods: Sequence[Method], problems: Pro
         text=text,
         file=document.file,
         seed=form.defaults.seed,
+        notes=tuple(notes),
     )
 
 
@@ -96,7 +110,7 @@ def _mergekit(documents: Sequence[Document], text: str, methods: Sequence[Method
             at = str(document.key_at(("name",)))
             hint = "give each document a `name`; at most one goes without"
             problems.append(RecipeError("KB110", f"two documents are called {name!r}", at=at, hint=hint))
-        elif stage := _stage(name, document.value, document, methods, problems, {}, path=(), notes=notes):
+        elif stage := _stage(name, document.value, document, methods, problems, notes, path=()):
             stages[name] = stage
     file = documents[0].file
     return Recipe(_stem(file), {}, stages, {}, text, file, dialect="mergekit", notes=tuple(notes))
@@ -121,11 +135,22 @@ def _source(name: str, form: SourceText, document: Document, problems: Problems)
     return None
 
 
-def _output(name: str, form: OutputText, recipe: RecipeText, document: Document, problems: Problems) -> Output | None:
+def _check_folders(outputs: Mapping[str, Output | None], problems: Problems) -> None:
+    """Two outputs in one folder would take each other's place."""
+    folders: dict[str, str] = {}
+    for name, output in outputs.items():
+        other = folders.setdefault(os.path.normpath(output.folder), name) if output else name
+        if output and other != name:
+            message, hint = f"the outputs {other!r} and {name!r} go into one folder", "give each its own"
+            problems.append(RecipeError("KB114", message, at=str(output.at), hint=hint))
+
+
+def _output(name: str, form: OutputText, document: Document, problems: Problems) -> Output | None:
     at = document.key_at(("outputs", name))
-    if name not in recipe.stages:
+    stages = document.value["stages"]
+    if name not in stages:
         message = f"the output {name!r} is not a stage"
-        problems.append(RecipeError("KB107", message, at=str(at), hint=nearest(name, recipe.stages)))
+        problems.append(RecipeError("KB107", message, at=str(at), hint=nearest(name, stages)))
         return None
     try:
         size = parse_size(form.shard_size)
@@ -143,25 +168,26 @@ def _stage(
     document: Document,
     methods: Sequence[Method],
     problems: Problems,
-    defaults: Mapping[str, str | None],
+    notes: list[str],
+    defaults: Mapping[str, str | None] = MappingProxyType({}),
     path: Path | None = None,
-    notes: list[str] | None = None,
 ) -> Stage | None:
-    path = ("stages", name) if path is None else path
+    """A stage of ours, or (at the path of a whole document) a mergekit configuration."""
+    own, path = path is None, ("stages", name) if path is None else path
     kind = value.get("kind", "merge")
     schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
     if schema is None:
         where, hint = str(document.at((*path, "kind"))), nearest(str(kind), STAGE_KINDS)
         problems.append(RecipeError("KB103", f"unknown kind of stage {kind!r}", at=where, hint=hint))
         return None
-    form = check(schema, value, document, problems, path)
+    form, left_out = check(schema, value, document, problems, path)
     if form is None:
         return None
     given = {"dtype": form.dtype or defaults.get("dtype"), "out_dtype": form.out_dtype or defaults.get("out_dtype")}
     dtypes = _dtypes(given, document, path, problems)
     at = document.key_at(path) if path else document.at(path)
     if isinstance(form, MergeText):
-        stage = merge_stage(form, Scope(document, path, tuple(methods), problems, notes))
+        stage = merge_stage(form, Scope(document, path, tuple(methods), problems, notes, own, left_out))
         if stage is None:
             return None
         return replace(stage, name=name, at=at, keep=form.keep, dtype=dtypes["dtype"], out_dtype=dtypes["out_dtype"])
@@ -181,7 +207,11 @@ def _apply_lora(
     adapters: list[AdapterUse] = []
     for index, item in enumerate(form.adapters):
         here = document.at((*path, "adapters", index))
-        if adapter := parse_reference(item.adapter, here, problems):
+        adapter = parse_reference(item.adapter, here, problems)
+        if adapter and adapter.adapter:
+            hint = f"list them one by one: {adapter.base_text} and {adapter.adapter_text}"
+            problems.append(RecipeError("KB111", f"an adapter has no adapter: {adapter}", at=str(here), hint=hint))
+        elif adapter:
             adapters.append(AdapterUse(adapter, item.weight, here))
     if base is None:
         return None
@@ -203,14 +233,22 @@ def _dtypes(
 
 
 def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
-    """No stage may need itself. (Whether a path exists is asked when sources are opened.)"""
+    """No stage may need itself, and none has revisions. (Whether a path exists is asked when sources are opened.)"""
     done: set[str] = set()
+    for stage in recipe.stages.values():
+        for ref in stage.references():
+            if ref.model in recipe.stages and ref.revision is not None:
+                hint = f"write {ref.model!r} alone"
+                message = f"{ref.base_text} gives a revision, but {ref.model!r} is a stage of this recipe"
+                problems.append(RecipeError("KB111", message, at=str(ref.at), hint=hint))
 
     def visit(name: str, chain: tuple[str, ...]) -> None:
         stage = recipe.stages[name]
         if name in chain:
             loop = " -> ".join((*chain[chain.index(name) :], name))
-            problems.append(RecipeError("KB112", f"the stages need each other in a circle: {loop}", at=str(stage.at)))
+            hint = "a stage's name goes before a path: for a folder of that name write ./NAME"
+            message = f"stages need each other in a circle: {loop}"
+            problems.append(RecipeError("KB112", message, at=str(stage.at), hint=hint))
             done.update(chain)
         elif name not in done:
             for ref in stage.references():

@@ -8,6 +8,8 @@ from typing import Any
 from kittybuild.errors import KittybuildError, RecipeError
 from kittybuild.model.recipe import At, ModelRef
 
+REFERENCES = "NAME, PATH, org/name@revision or MODEL+ADAPTER"
+
 
 def parse_reference(value: Any, at: At, problems: list[KittybuildError]) -> ModelRef | None:
     """The reference that a text gives, or None with a problem noted (KB111)."""
@@ -16,7 +18,7 @@ def parse_reference(value: Any, at: At, problems: list[KittybuildError]) -> Mode
             return _from_text(value, at)
         return _from_mapping(value, at)
     except ValueError as error:
-        hint = "write NAME, PATH, org/name@revision or MODEL+ADAPTER"
+        hint = f"write {REFERENCES}"
         problems.append(RecipeError("KB111", f"not a reference to a model: {error}", at=str(at), hint=hint))
         return None
 

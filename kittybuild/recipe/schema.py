@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest
+from kittybuild.recipe.reference import REFERENCES
 from kittybuild.recipe.yamltext import Document, Path
 
 
@@ -71,7 +72,7 @@ class AdapterText(_Text):
     """`adapters[]` of an apply_lora stage."""
 
     adapter: ReferenceText
-    weight: float = 1.0
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
 class ApplyLoraText(_StageText):
@@ -127,20 +128,28 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def check(
-    schema: type[Schema], value: Any, document: Document, problems: list[KittybuildError], path: Path = ()
-) -> Schema | None:
-    """`value` (which stands at `path`) as `schema`. What is wrong is noted, each with its place.
+    schema: type[Schema],
+    value: Any,
+    document: Document,
+    problems: list[KittybuildError],
+    path: Path = (),
+    deep: int = 1,
+) -> tuple[Schema | None, frozenset[str]]:
+    """`value` (which stands at `path`) as `schema`, and its keys that had to be left out. Problems are noted.
 
-    Unknown keys are noted and left out, so that the rest can still be looked at; after other problems: None.
+    So that the rest can still be looked at, unknown keys are left out, and of what is wrong the entry that the first
+    `deep` keys lead to; None where nothing is left.
     """
     try:
-        return schema.model_validate(value)
+        return schema.model_validate(value), frozenset()
     except ValidationError as failure:
         problems += _problems(schema, value, failure, document, path)
-        unknown = [error["loc"] for error in failure.errors() if error["type"] == "extra_forbidden"]
-        if len(unknown) < failure.error_count():
-            return None
-    return schema.model_validate(_without(value, {_real(loc, value) for loc in unknown}))
+        errors = [(_real(error["loc"], value), error["type"]) for error in failure.errors()]
+    left_out = {loc if kind == "extra_forbidden" else loc[:deep] for loc, kind in errors}
+    try:
+        return schema.model_validate(_without(value, left_out)), frozenset(str(loc[0]) for loc in left_out if loc)
+    except ValidationError:
+        return None, frozenset()
 
 
 def _without(value: Any, paths: set[Path], here: Path = ()) -> Any:
@@ -156,31 +165,68 @@ def _without(value: Any, paths: set[Path], here: Path = ()) -> Any:
 def _problems(
     schema: type[BaseModel], value: Any, failure: ValidationError, document: Document, path: Path
 ) -> Iterator[RecipeError]:
-    seen: set[Path] = set()
-    for error in failure.errors(include_url=False, include_context=False):
-        loc = _real(error["loc"], value)
-        if loc in seen:  # each arm of a union complains
-            continue
-        seen.add(loc)
-        where = ".".join(str(part) for part in (*path, *loc))
-        if error["type"] == "extra_forbidden":
+    found: dict[Path, list[Any]] = {}  # each arm of a union complains, and is no problem of its own
+    for error in failure.errors(include_url=False):
+        found.setdefault(_real(error["loc"], value), []).append(error)
+    for loc, errors in found.items():
+        where, kind = ".".join(str(part) for part in (*path, *loc)), errors[0]["type"]
+        at = str(document.at((*path, *loc)))
+        if kind == "extra_forbidden":
             hint = nearest(str(loc[-1]), _fields_at(schema, loc[:-1]))
             yield RecipeError("KB102", f"unknown key {where!r}", at=str(document.key_at((*path, *loc))), hint=hint)
-        elif error["type"] == "missing":
-            hint = f"add {loc[-1]!r} here"
-            yield RecipeError("KB103", f"{where!r} is missing", at=str(document.at((*path, *loc[:-1]))), hint=hint)
+        elif kind == "missing":
+            above = str(document.at((*path, *loc[:-1])))
+            yield RecipeError("KB103", f"{where!r} is missing", at=above, hint=f"add {loc[-1]!r} here")
+        elif errors[0]["loc"][-1] == "[key]":
+            hint = "a name holds no '/', '+', '@' and no space at its start"
+            key_at = str(document.key_at((*path, *loc)))
+            yield RecipeError("KB103", f"{str(loc[-1])!r} cannot be a name", at=key_at, hint=hint)
         else:
-            hint = "a name holds no '/', '+', '@' or space at its start" if loc[-1:] == ("[key]",) else error["msg"]
-            found = _value_at(value, loc)
-            text = f"{where!r} cannot be {found!r}"
-            yield RecipeError("KB103", text, at=str(document.at((*path, *loc))), hint=hint)
+            text = f"{where!r} cannot be {_short(_value_at(value, loc))}"
+            yield RecipeError("KB103", text, at=at, hint=f"write {_wanted(loc, errors)}")
+
+
+_WANTED: Mapping[str, str] = MappingProxyType(
+    {
+        "string_type": "a text, in quotes if it looks like a number",
+        "int_type": "a whole number",
+        "bool_type": "true or false",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "finite_number": "a finite number",
+        "list_type": "a list: lines that start with '- '",
+        "dict_type": "keys with values, one below the other",
+        "model_type": "keys with values, one below the other",
+    }
+)
+
+
+def _wanted(loc: Path, errors: list[Any]) -> str:
+    """What should stand there, for a person."""
+    kinds = {error["type"] for error in errors}
+    if loc == ("kittybuild",):
+        return "`kittybuild: 1`, the format that this version reads"
+    if kinds == {"string_type", "dict_type"}:
+        return REFERENCES
+    if kinds == {"string_type", "int_type"}:
+        return "a size such as 500MB or 4GB"
+    if loc[-1] == "layer_range":
+        return "[start, end): the first layer and the one behind the last"
+    if "too_short" in kinds:
+        return "at least one"
+    return _WANTED.get(errors[0]["type"], str(errors[0]["msg"]))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _real(loc: tuple[str | int, ...], value: Any) -> Path:
     """`loc` without the names of union arms, which pydantic puts into it and the text does not hold."""
     found: list[str | int] = []
     for index, part in enumerate(loc):
-        last = index == len(loc) - 1
+        last = index == len(loc) - 1 and part != "[key]"
         if isinstance(value, Mapping) and (part in value or last):
             found.append(part)
             value = value.get(part)

@@ -5,8 +5,9 @@ Positions `t` run from 0 (first layer of the slice) to 1 (last); the arithmetic 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from kittybuild.errors import RecipeError
@@ -38,15 +39,24 @@ def matches(filter_text: str | None, tensor: str) -> bool:
     return filter_text is None or filter_text == "*" or filter_text in tensor
 
 
-def value_for(given: Given, tensor: str, t: float) -> Scalar | None:
-    """What `given` says for `tensor` at `t`: the first filter that matches; None if none does."""
+def value_for(given: Given, tensor: str, t: float, kind: type = float) -> Scalar | None:
+    """What `given` says for `tensor` at `t`: the first filter that matches; None if none does.
+
+    `kind` is the parameter's type: only of a number do the texts of a gradient count as numbers.
+    """
     for item in given.values:
         if matches(item.filter, tensor):
-            value = _numbers(item.value) if isinstance(item.value, tuple) else item.value
-            if isinstance(value, tuple):
-                return interpolate(value, t) if value else None
-            return value
+            if not isinstance(item.value, tuple):
+                return item.value
+            values = item.value if kind is bool else _numbers(item.value)
+            return interpolate(values, t) if values else None
     return None
+
+
+def unused(given: Given, tensors: Collection[str]) -> tuple[Filtered, ...]:
+    """The values of `given` that none of these tensors takes: no name matches, or earlier ones match first."""
+    taken = {next((i for i, item in enumerate(given.values) if matches(item.filter, name)), -1) for name in tensors}
+    return tuple(item for i, item in enumerate(given.values) if i not in taken)
 
 
 def _numbers(values: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
@@ -64,14 +74,13 @@ def resolve(param: Param, scopes: Sequence[tuple[Parameters, str]], t: float) ->
     """
     for parameters, tensor in scopes:
         given = parameters.get(param.name)
-        value = value_for(given, tensor, t) if given else None
+        value = value_for(given, tensor, t, param.kind) if given else None
         if given and value is not None:
             try:
                 return Resolved(param.parse(value), given.at)
             except ValueError as error:
-                raise RecipeError(
-                    "KB106", f"{param.name} is {value!r} for {tensor}, but {error}", at=str(given.at)
-                ) from error
+                message = f"{param.name!r} comes out as {value!r} for {tensor}: it {error}"
+                raise RecipeError("KB106", message, at=str(given.at)) from error
     return None if param.required else Resolved(param.default, None)
 
 
@@ -84,6 +93,12 @@ def parse_setting(value: Any, at: At) -> Given:
     return Given((Filtered(_scalars(value), None),), at)
 
 
+def scalars(given: Given) -> tuple[Scalar, ...]:
+    """Every scalar that stands in a setting."""
+    values = (item.value if isinstance(item.value, tuple) else (item.value,) for item in given.values)
+    return tuple(value for several in values for value in several)
+
+
 def _filtered(item: Any) -> Filtered:
     if not isinstance(item, Mapping):
         return Filtered(_scalars(item), None)
@@ -92,7 +107,9 @@ def _filtered(item: Any) -> Filtered:
     if "value" not in item:
         raise ValueError("a filter needs a 'value' beside it")
     pattern = item.get("filter")
-    return Filtered(_scalars(item["value"]), None if pattern is None else str(pattern))
+    if not isinstance(pattern, (str, NoneType)):
+        raise ValueError(f"a filter is a part of tensor names, not {pattern!r}: put it in quotes")
+    return Filtered(_scalars(item["value"]), pattern)
 
 
 def _scalars(value: Any) -> Scalar | tuple[Scalar, ...]:

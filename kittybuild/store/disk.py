@@ -55,12 +55,11 @@ class Disk:
         return os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o666)
 
     def open_update(self, path: str) -> int:
-        """Open a file that exists to read and write it, though it may be marked read-only."""
+        """Open a file that exists, to read it and, if its permissions allow, to write it."""
         try:
             return os.open(path, os.O_RDWR)
         except PermissionError:
-            self.chmod(path, 0o600)
-            return os.open(path, os.O_RDWR)
+            return os.open(path, os.O_RDONLY)
 
     def open_lock(self, path: str) -> int:
         """Open a file, new or not, that is only ever locked."""
@@ -106,6 +105,10 @@ class Disk:
         """Set the permissions."""
         os.chmod(path, mode)
 
+    def set_time(self, fd: int, mtime_ns: int) -> None:
+        """Say when a file was last changed."""
+        os.utime(fd, ns=(mtime_ns, mtime_ns))
+
     def rename(self, src: str, dst: str) -> None:
         """Give `src` the name `dst`, in place of what had it."""
         os.replace(src, dst)
@@ -125,8 +128,8 @@ class Disk:
             raise OSError(code, os.strerror(code), a, None, b)
 
     def link(self, src: str, dst: str) -> None:
-        """Give the file `src` a second name."""
-        os.link(src, dst)
+        """Give the file `src` (of a symbolic link: the link itself) a second name."""
+        os.link(src, dst, follow_symlinks=False)
 
     def unlink(self, path: str) -> None:
         """Delete a file."""

@@ -1,4 +1,8 @@
-"""The complete packs: which there are, and which tensors lie where in them."""
+"""The complete packs: which there are, and which tensors lie where in them.
+
+The index has the size and the time of each pack when it was last known to be good: [size, mtime], the time null if its
+tensors were not read since it was found.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,14 @@ from kittybuild.store.journal import Finished
 from kittybuild.store.layout import Layout, stored_digests
 from kittybuild.store.pack import PackLayout, read_pack_header
 from kittybuild.store.problems import damaged
+from kittybuild.store.reading import digests
 from kittybuild.tensors import TensorRef
 
 _PACK = "pack"
 
 
 class Packs:
-    """The packs of a store, with their rows in the index: digest -> size, and a location for each tensor."""
+    """The packs of a store, with their rows in the index, and a location for each tensor."""
 
     def __init__(self, layout: Layout, index: Index, facts: Facts) -> None:
         self._layout = layout
@@ -27,32 +32,53 @@ class Packs:
         self._facts = facts
 
     def path(self, digest: Digest) -> str | None:
-        """The path of a pack that is there in its full size; its tensors are not read."""
+        """The path of a pack that is there and unchanged; its tensors are read only if it seems to have changed.
+
+        A shard of an output folder is the pack under another name: who edits it there changes the pack.
+        """
         path = self._layout.pack(digest)
         try:
-            size = os.stat(path).st_size
+            stat = os.stat(path)
         except FileNotFoundError:
             return None
         known = self._index.get(_PACK, digest.hex)
-        if known is None:
-            return path if self.adopt(digest, path) else None
-        return path if known == size else None
+        if known == [stat.st_size, stat.st_mtime_ns]:
+            return path
+        if known is None and not self.adopt(digest, path):
+            return None
+        return path if self._verify(digest, path) else None
 
     def adopt(self, digest: Digest, path: str) -> bool:
-        """Record a pack that the index does not know; False if it is not what its name says."""
+        """Record a pack that the index does not know; False if it is not what its name says. Tensors are not read."""
         try:
             layout, refs = _named_pack(path, digest)
         except (StoreError, FileNotFoundError):
             return False
         known = self._facts.locations(ref.digest for ref in refs.values())
-        self.record(digest, layout, [entry for entry in _entries(refs) if entry.ref.digest not in known])
+        entries = [entry for entry in _entries(refs) if entry.ref.digest not in known]
+        self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in entries})
+        self._index.put_many(_PACK, {digest.hex: [layout.size, None]})
         return True
 
     def record(self, digest: Digest, layout: PackLayout, entries: Iterable[Finished]) -> None:
-        """Record a complete pack, and that it is where these of its tensors lie."""
+        """Record a complete pack that is what it should be, and that it is where these of its tensors lie."""
         path = self._layout.pack(digest)
         self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in entries})
-        self._index.put_many(_PACK, {digest.hex: layout.size})
+        self._index.put_many(_PACK, {digest.hex: [layout.size, os.stat(path).st_mtime_ns]})
+
+    def _verify(self, digest: Digest, path: str) -> bool:
+        """Read all tensors; a pack that holds what it should is recorded as it is now."""
+        try:
+            layout, refs = _named_pack(path, digest)
+            with open(path, "rb") as file:
+                before = os.fstat(file.fileno()).st_mtime_ns
+                found = [digests(file.fileno(), layout.offset(name), ref.spec.nbytes) for name, ref in refs.items()]
+        except (StoreError, OSError):
+            return False
+        if [strong for strong, _ in found] != [ref.digest for ref in refs.values()]:
+            return False
+        self._index.put_many(_PACK, {digest.hex: [layout.size, before]})
+        return True
 
     def sync(self) -> None:
         """Return when what is recorded is on the disk."""

@@ -171,7 +171,7 @@ class Store:
         """Begin a pack of these tensors; a salvaged one of the same layout is gone on with in place."""
         layout = PackLayout.of(tensors)
         part = self._unfinished.take(layout) or Part.new(self.disk, self._paths, layout)
-        return PackWriter(self.disk, self._paths, self._packs, self._facts, part)
+        return PackWriter(self.disk, self._paths, self._packs, self._facts, part, self._unfinished.retire)
 
     def salvage(self) -> Salvaged:
         """Adopt what interrupted processes left: packs not in the index, finished tensors of unfinished packs."""

@@ -42,6 +42,7 @@ class Unfinished:
         self._packs = packs
         self._facts = facts
         self._adopted: dict[str, Part] = {}
+        self._retired: list[Part] = []
 
     def salvage(self) -> Salvaged:
         """Adopt every file whose writer is gone; delete those with nothing that we do not have elsewhere."""
@@ -62,11 +63,12 @@ class Unfinished:
         with guarded("delete", self._paths.tmp):
             for path in sorted(self._adopted):
                 self._delete(self._adopted.pop(path))
+            self._drop_retired()
 
     def take(self, layout: PackLayout) -> Part | None:
         """An adopted file of that very layout, to be completed in place instead of copied; with a clean journal."""
         for path, part in sorted(self._adopted.items()):
-            if part.layout == layout and os.fstat(part.fd).st_size == layout.size:
+            if part.layout == layout and _is_ours_to_write(part):
                 lines = [first_line(layout.tensors), *(entry.line() for entry in part.finished.values())]
                 shared = held(self._disk, self._paths.lock("tmp"), exclusive=False, patience=PATIENCE)
                 with guarded("write", part.journal), shared:
@@ -74,35 +76,48 @@ class Unfinished:
                 return self._adopted.pop(path)
         return None
 
+    def retire(self, part: Part) -> None:
+        """Take back a file that was completed. It keeps this name of two, for those who were told it, until `drop`."""
+        self._retired.append(part)
+
     def discard(self, path: str) -> None:
         """Move a damaged pack out of the way, and adopt those of its tensors that are still good; absent is fine."""
         path = os.path.abspath(path)
         lost = set(self._facts.located_in(path))
         self._facts.forget_locations(lost)
+        aside = None
         with guarded("set aside", path):
             if path in self._adopted:
-                part = self._adopted.pop(path)
-                self._adopt(path, part.fd)
+                aside = path, self._adopted.pop(path).fd
             elif os.path.dirname(os.path.dirname(path)) == self._paths.packs and os.path.exists(path):
                 self._packs.forget([Digest(os.path.basename(path).partition(".")[0])])
-                self._set_aside(path)
-        self._packs.locate_again(lost - set(self._facts.locations(lost)))
+                aside = self._set_aside(path)
+            self._packs.locate_again(lost)
+            if aside is not None:
+                self._adopt(*aside)
 
     def close(self) -> None:
         """Let go of the adopted files; they stay, and the next to salvage them finds the same."""
+        self._drop_retired()
         while self._adopted:
             self._disk.close(self._adopted.popitem()[1].fd)
 
-    def _set_aside(self, path: str) -> None:
+    def _drop_retired(self) -> None:
+        while self._retired:
+            part = self._retired.pop()
+            self._disk.unlink(part.path)
+            self._disk.close(part.fd)
+
+    def _set_aside(self, path: str) -> tuple[str, int] | None:
         target = os.path.join(self._paths.tmp, f"damaged-{os.urandom(16).hex()}{PART}")
         with held(self._disk, self._paths.lock("tmp"), exclusive=False, patience=PATIENCE):
             self._disk.rename(path, target)
             self._disk.sync_dir(os.path.dirname(path))
             fd = self._disk.open_update(target)
-            if not try_lock(fd, exclusive=True):  # its own writer is just finishing it, and will let go of it
-                self._disk.close(fd)
-                return
-        self._adopt(target, fd)
+            if try_lock(fd, exclusive=True):
+                return target, fd
+            self._disk.close(fd)  # its own writer is just finishing it, and will let go of it
+            return None
 
     def _lock_orphans(self, names: list[str]) -> list[tuple[str, int]]:
         orphans = []
@@ -152,7 +167,9 @@ class Unfinished:
             part = Part(path, fd, layout, {entry.name: entry for entry in seen if entry is not None})
         self._realise(part.finished)
         known = self._facts.locations(entry.ref.digest for entry in part.finished.values())
-        only = {e.ref.digest: place(path, part.layout, e) for e in part.finished.values() if e.ref.digest not in known}
+        elsewhere = {digest for digest, location in known.items() if location.path != path}
+        mine = {entry.ref.digest: place(path, part.layout, entry) for entry in part.finished.values()}
+        only = {digest: location for digest, location in mine.items() if digest not in elsewhere}
         if only:
             self._facts.set_locations(only)
             self._adopted[path] = part
@@ -165,8 +182,10 @@ class Unfinished:
         self._facts.add_realisations({entry.key: entry.ref for entry in finished.values() if entry.key is not None})
 
     def _delete(self, part: Part) -> None:
-        here = self._facts.locations(entry.ref.digest for entry in part.finished.values())
-        self._facts.forget_locations(digest for digest, location in here.items() if location.path == part.path)
+        known = self._facts.locations(entry.ref.digest for entry in part.finished.values())
+        here = {digest for digest, location in known.items() if location.path == part.path}
+        self._facts.forget_locations(here)
+        self._packs.locate_again(here)
         self._disk.unlink(part.path)
         self._disk.unlink(part.journal)
         self._disk.close(part.fd)
@@ -188,6 +207,12 @@ def _verified(fd: int, layout: PackLayout, entry: Finished) -> Finished | None:
     except OSError:  # a part of the disk that cannot be read
         return None
     return Finished(entry.name, entry.ref, quick, entry.key) if strong == entry.ref.digest else None
+
+
+def _is_ours_to_write(part: Part) -> bool:
+    """Not a pack that was found damaged: that may be the shard of an output too, which must not change."""
+    stat = os.fstat(part.fd)
+    return stat.st_size == part.layout.size and stat.st_nlink == 1 and bool(stat.st_mode & 0o200)
 
 
 def _same_file(fd: int, path: str) -> bool:

@@ -5,9 +5,10 @@ Until the rename the file lies in `tmp/`, locked. A writer that dies leaves file
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -26,6 +27,7 @@ from kittybuild.store.reading import digests, quick_digest
 from kittybuild.tensors import TensorRef
 
 _READ_ONLY = 0o444
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 PATIENCE = 600.0
 
 
@@ -74,13 +76,16 @@ class Part:
 class PackWriter:
     """One pack in the making. Any thread may write; `finish` or `abandon` it once."""
 
-    def __init__(self, disk: Disk, paths: Layout, packs: Packs, facts: Facts, part: Part) -> None:
+    def __init__(
+        self, disk: Disk, paths: Layout, packs: Packs, facts: Facts, part: Part, retire: Callable[[Part], None]
+    ) -> None:
         self.layout = part.layout
         self._disk = disk
         self._paths = paths
         self._packs = packs
         self._facts = facts
         self._part = part
+        self._retire = retire
         self._verified = {name: entry.ref.digest for name, entry in part.finished.items()}
         self._done: dict[str, Finished] = {}
         self._state = threading.Condition()
@@ -144,8 +149,7 @@ class PackWriter:
             self._install(path, refs)
         self._packs.record(digest, self.layout, self._done.values())
         with guarded("tidy up after", self._part.path):
-            self._disk.unlink(self._part.path)
-            self._close()
+            self._leave_part()
         # The journal goes last: without its file it still tells salvage which derivations made the tensors.
         self._facts.realise({entry.key: entry.ref for entry in self._done.values() if entry.key is not None})
         self._packs.sync()
@@ -202,13 +206,34 @@ class PackWriter:
             self._sync(self._disk.fsync)
             self._disk.chmod(self._part.path, _READ_ONLY)
             self._disk.makedirs(os.path.dirname(path))
-            self._disk.rename(self._part.path, path)
+            self._name(path)
             self._disk.sync_dir(os.path.dirname(path))
+
+    def _name(self, path: str) -> None:
+        if self._part.finished:  # salvaged: others may have been told that tensors lie there, so the old name stays too
+            try:
+                self._disk.unlink(path)  # at most a pack that lost its end
+                self._disk.link(self._part.path, path)
+                return
+            except FileExistsError:  # another process has just put the same pack there
+                return
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+        self._disk.rename(self._part.path, path)
+
+    def _leave_part(self) -> None:
+        if self._part.finished:
+            self._close(keep_part=True)
+            self._retire(self._part)
+        else:
+            self._disk.unlink(self._part.path)
+            self._close()
 
     def _sync(self, sync: Any) -> None:
         # After a failed sync the system may call the next one good although the data are lost: so it stays failed.
         if self._sync_failed:
-            raise OSError(5, "an earlier sync failed")
+            raise OSError(errno.EIO, "an earlier sync failed")
         try:
             sync(self._part.fd)
         except OSError:
@@ -232,14 +257,15 @@ class PackWriter:
             self._users -= 1
             self._state.notify_all()
 
-    def _close(self) -> None:
+    def _close(self, *, keep_part: bool = False) -> None:
         with self._state:
             if self._closed:
                 return
             self._closed = True
             self._state.wait_for(lambda: self._users == 0)
         self._disk.close(self._journal_fd)
-        self._disk.close(self._part.fd)
+        if not keep_part:
+            self._disk.close(self._part.fd)
 
 
 @contextmanager

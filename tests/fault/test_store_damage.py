@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults import THREE, UnsyncedDisk, assert_sound, build, fill, manifest_of, put_pack, quick_folder, sample
 
 from kittybuild.errors import StoreError
 from kittybuild.store.journal import read_journal
 from kittybuild.store.pack import read_pack_header
 from kittybuild.store.store import DamagedTensor, Store
+from tests.faults import THREE, UnsyncedDisk, assert_sound, build, fill, manifest_of, put_pack, quick_folder, sample
 
 DIGESTS = tuple(s.ref.digest for s in THREE)
 
@@ -242,6 +242,7 @@ def test_an_index_cut_or_overwritten_is_made_again_or_right(root: str, seed: int
     else:
         at = chance.randrange(0, len(data) - 2000) if seed > 4 else 0
         path.write_bytes(data[:at] + chance.randbytes(1500) + data[at + 1500 :])
+    codes: list[str] = []
     for _ in range(2):  # where damage shows only later, the index is moved aside then, and the next run goes on
         try:
             with opened(root) as store:
@@ -251,7 +252,8 @@ def test_an_index_cut_or_overwritten_is_made_again_or_right(root: str, seed: int
                 store.put_file(sample("any").data)
             break
         except StoreError as error:
-            assert error.code == "KB708"
+            codes.append(error.code)
+    assert codes in ([], ["KB708"])
     assert_sound(root, DIGESTS)
     assert build(root, UnsyncedDisk()) == pack
     with opened(root) as store:

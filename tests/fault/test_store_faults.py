@@ -9,6 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from kittybuild.digest import Digest
+from kittybuild.errors import StoreError
+from kittybuild.store.disk import Disk
+from kittybuild.store.pack import PackLayout
+from kittybuild.store.store import FinishedPack, Store
 from tests.faults import (
     THREE,
     Fault,
@@ -23,12 +29,6 @@ from tests.faults import (
     quick_folder,
     sample,
 )
-
-from kittybuild.digest import Digest
-from kittybuild.errors import StoreError
-from kittybuild.store.disk import Disk
-from kittybuild.store.pack import PackLayout
-from kittybuild.store.store import FinishedPack, Store
 
 DIGESTS = tuple(s.ref.digest for s in THREE)
 PACK = PackLayout.of((s.name, s.spec) for s in THREE).digest({s.name: s.ref for s in THREE})
@@ -55,6 +55,7 @@ def before(request: pytest.FixtureRequest, folder: Path) -> Path:
             with store.write_pack((s.name, s.spec) for s in THREE) as writer:
                 writer.write("whole", 0, THREE[1].data)
                 writer.done("whole", THREE[1].ref, None, THREE[1].key)
+            store.salvage()
     return root
 
 

@@ -12,11 +12,11 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from tests.faults import THREE, UnsyncedDisk, assert_sound, build, fill, put_pack, sample
 
 from kittybuild.store.disk import Disk
 from kittybuild.store.layout import PART
 from kittybuild.store.store import Store
+from tests.faults import THREE, UnsyncedDisk, assert_sound, build, fill, put_pack, sample
 
 SPAWN = multiprocessing.get_context("spawn")
 PACKS = tuple(tuple(sample(f"{pack}.{n}", shape=(1500,)) for n in range(4)) for pack in range(6))

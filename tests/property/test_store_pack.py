@@ -7,14 +7,14 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from tests.faults import Sample, UnsyncedDisk, put_pack, quick_folder, sample
 
 from kittybuild.store.pack import BLOCK, PackLayout, read_pack_header
 from kittybuild.store.store import Store
 from kittybuild.tensors import DType
+from tests.faults import Sample, UnsyncedDisk, put_pack, quick_folder, sample
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
-SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 64, 512]), max_size=3).filter(lambda s: len(s) < 3 or 512 not in s)
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 64, 512]), max_size=2)
 SAMPLES = st.lists(
     st.builds(
         lambda name, dtype, shape: sample(name, dtype, tuple(shape)),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.faults import THREE, Sample, UnsyncedDisk, put_pack, sample
 
 from kittybuild.digest import Digest
 from kittybuild.errors import StoreError
@@ -18,6 +17,7 @@ from kittybuild.model.manifest import pack_digest
 from kittybuild.store.pack import PackLayout, read_pack_header
 from kittybuild.store.store import Store
 from kittybuild.tensors import DType, TensorRef, TensorSpec
+from tests.faults import THREE, Sample, UnsyncedDisk, put_pack, sample
 
 BLOCK = 4096
 
@@ -26,7 +26,7 @@ def layout_of(*samples: Sample) -> PackLayout:
     return PackLayout.of((s.name, s.spec) for s in samples)
 
 
-def names(layout: PackLayout) -> list[str]:
+def order_of(layout: PackLayout) -> list[str]:
     return [name for name, _ in layout.tensors]
 
 
@@ -51,7 +51,7 @@ def test_whole_blocks_come_first_then_large_elements() -> None:
         sample("wide", DType.I64, (3,)),
         sample("half", DType.F16, (1,)),
     )
-    assert names(layout) == ["block", "blocks", "nothing", "wide", "scalar", "odd", "half", "bytes"]
+    assert order_of(layout) == ["block", "blocks", "nothing", "wide", "scalar", "odd", "half", "bytes"]
     assert layout.header_size % BLOCK == 0
     assert layout.offset("block") == layout.header_size == layout.offsets[0]
     assert layout.offset("blocks") == layout.header_size + BLOCK
@@ -95,7 +95,7 @@ def test_every_dtype_and_odd_shape_is_read_back_by_safetensors(store: Store) -> 
     samples = [sample(f"t.{dtype.value}", dtype, (3, 5)) for dtype in DType if dtype is not DType.BOOL]
     flags = TensorSpec(DType.BOOL, (3,))
     samples.append(Sample("flags", flags, b"\1\0\1"))
-    samples += [sample("empty", DType.F32, (4, 0)), sample("nothing", DType.BF16, (0,)), sample("scalar", DType.F64, ())]
+    samples += [sample("empty", DType.F32, (4, 0)), sample("scalar", DType.F64, ())]
     pack = put_pack(store, samples)
     tensors = load_file(pack.path)
     assert set(tensors) == {s.name for s in samples}
@@ -108,7 +108,7 @@ def test_every_dtype_and_odd_shape_is_read_back_by_safetensors(store: Store) -> 
         assert file.metadata()["format"] == "pt"
         ours = json.loads(file.metadata()["kittybuild"])
         layout, refs = read_pack_header(pack.path)
-        assert ours == {"pack": 1, "digests": ",".join(refs[name].digest.hex for name in names(layout))}
+        assert ours == {"pack": 1, "digests": ",".join(refs[name].digest.hex for name in order_of(layout))}
 
 
 def test_a_pack_of_nothing_is_a_file_too(store: Store) -> None:
@@ -118,7 +118,8 @@ def test_a_pack_of_nothing_is_a_file_too(store: Store) -> None:
 
 
 def test_any_name_of_a_tensor_can_be_kept(store: Store) -> None:
-    samples = [sample(name) for name in ("", "a b", 'q"uote', "back\\slash", "línea\n", "\N{CAT FACE}", "a\0b", "/../x")]
+    names = ("", "a b", 'q"uote', "back\\slash", "línea\n", "\N{CAT FACE}", "a\0b", "/../x")
+    samples = [sample(name) for name in names]
     pack = put_pack(store, samples)
     assert {name: torch_bytes(t) for name, t in load_file(pack.path).items()} == {s.name: s.data for s in samples}
     assert read_pack_header(pack.path)[1] == {s.name: s.ref for s in samples}
@@ -128,19 +129,19 @@ def test_the_order_given_counts_among_equals(store: Store) -> None:
     nothing = [sample(name, DType.F32, (0,)) for name in ("b", "c", "a")]
     one, two = put_pack(store, nothing), put_pack(store, nothing[::-1])
     assert one.digest != two.digest
-    assert names(read_pack_header(one.path)[0]) == ["b", "c", "a"]
-    assert names(read_pack_header(two.path)[0]) == ["a", "c", "b"]
+    assert order_of(read_pack_header(one.path)[0]) == ["b", "c", "a"]
+    assert order_of(read_pack_header(two.path)[0]) == ["a", "c", "b"]
 
 
 def test_equal_tensors_give_an_equal_file_whatever_made_them(store: Store, tmp_path: Path) -> None:
     pack = put_pack(store, THREE)
     with Store.open(str(tmp_path / "other"), disk=UnsyncedDisk()) as other:
-        with other.write_pack((s.name, s.spec) for s in THREE) as writer:
-            for s in reversed(THREE):
-                for n in range(len(s.data)) if len(s.data) < 100 else range(0, len(s.data), 512):
-                    writer.write(s.name, n, s.data[n : n + 512])
-                writer.done(s.name, s.ref, None, None)
-            again = writer.finish()
+        writer = other.write_pack((s.name, s.spec) for s in THREE)
+        for s in reversed(THREE):
+            for n in range(0, len(s.data), 512):
+                writer.write(s.name, n, s.data[n : n + 512])
+            writer.done(s.name, s.ref, None, None)
+        again = writer.finish()
     assert again.digest == pack.digest
     assert Path(again.path).read_bytes() == Path(pack.path).read_bytes()
     assert again.size == pack.size == Path(pack.path).stat().st_size

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Block, Builder, Combine, Job
 from kittybuild.builders.merge.common import rounding
-from kittybuild.builders.numerics import arc_cosine_weights, dot
+from kittybuild.builders.numerics import arc_cosine_weights, dots
 from kittybuild.model.method import Method, Param
 
 if TYPE_CHECKING:
@@ -24,17 +24,12 @@ def _slerp(job: Job) -> Combine:
     Shoemake 1985). Sums in float64 (portable tree); the two factors are rounded to the working dtype once.
     """
     t = job.params["t"]
-    squares_0 = squares_1 = product = 0.0
+    sums = [0.0, 0.0, 0.0]
     for block in job.scan():
-        base, other = block.inputs
-        for leaf in dot(base, base):
-            squares_0 += leaf
-        for leaf in dot(other, other):
-            squares_1 += leaf
-        for leaf in dot(base, other):
-            product += leaf
-    norms = [norm if norm > TINY else 1.0 for norm in (math.sqrt(squares_0), math.sqrt(squares_1))]
-    cosine = product / (norms[0] * norms[1])
+        for leaf in dots(block.inputs, ((0, 0), (1, 1), (0, 1))):
+            sums = [total + part for total, part in zip(sums, leaf, strict=True)]
+    norms = [norm if norm > TINY else 1.0 for norm in map(math.sqrt, sums[:2])]
+    cosine = sums[2] / (norms[0] * norms[1])
     near, far = (1.0 - t, t) if not abs(cosine) <= COLINEAR else arc_cosine_weights(cosine, t)
     round_to = rounding(job)
     near, far = round_to(near), round_to(far)
@@ -50,7 +45,7 @@ SLERP = Builder(
     "slerp",
     1,
     _slerp,
-    scratch=3,
+    scratch=10,
     measured=True,
     method=Method(
         name="slerp",

@@ -1,0 +1,84 @@
+"""The whole texts of errors. `tests/golden/errors/NAME.yml` is a bad recipe, `NAME.txt` what a person reads about it.
+
+After changing a message on purpose: KITTYBUILD_GOLDEN=write pytest tests/unit/test_errors_golden.py, then read the diff.
+Paths in the texts count from the recipe's folder, which holds the checkpoints of `zoo`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kittybuild.builders.registry import BUILTIN
+from kittybuild.errors import KittybuildError, Problems
+from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.views import locate, open_all, source_names
+from kittybuild.recipe.parse import parse_recipe
+from tests.helpers import pico_adapter, pico_llama, write_json
+from tests.planning import llama, write_header
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.yml"))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound and unsound checkpoints by name."""
+    folder = tmp_path_factory.mktemp("zoo")
+    pico_llama(folder / "base", 1)
+    for name in ("a", "b"):
+        write_header(folder / name, llama())
+    write_header(folder / "deep", llama(layers=3))
+    write_header(folder / "wide", llama(vocab=80))
+    write_header(folder / "tied", llama(tie=True))
+    write_header(folder / "short", llama(layers=1))
+    write_header(folder / "other", {f"h.{name}": spec for name, spec in llama().items()})
+    pico_adapter(folder / "joy", folder / "base", 2)
+    pico_adapter(folder / "turned", folder / "base", 3, fan_in_fan_out=True)
+    pico_adapter(folder / "dora", folder / "base", 4, use_dora=True, modules_to_save=["lm_head"])
+    pico_adapter(folder / "rank", folder / "base", 5)
+    config = folder / "rank" / "adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"r": 4', '"r": 8'), encoding="utf-8")
+    _unsound(folder)
+    return folder
+
+
+def _unsound(folder: Path) -> None:
+    weights = write_header(folder / "truncated", llama()) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for name, file in (("lost", "model-00002-of-00002.safetensors"), ("escaping", "../../weights.safetensors")):
+        (write_header(folder / name, llama()) / "model.safetensors").unlink()
+        write_json(folder / name / "model.safetensors.index.json", {"weight_map": {"x": file}})
+    (folder / "nothing").mkdir()
+    write_header(folder / "numbers", {"x": ("F32", (2,))})
+    weights = folder / "numbers" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"F31"'))
+
+
+def errors(file: Path) -> str:
+    """What reading and planning a recipe says."""
+    try:
+        recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file), BUILTIN.methods())
+        lower(recipe, targets(recipe, ()), open_all(locate(recipe, source_names(recipe))), BUILTIN)
+    except Problems as problems:
+        found: tuple[KittybuildError, ...] = problems.errors
+    except KittybuildError as error:
+        found = (error,)
+    return "".join(f"{error}\n" for error in found).replace(f"{file.parent}/", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_says_what_where_and_the_way_out(name: str, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo)
+    text = errors(Path(shutil.copy(GOLDEN / f"{name}.yml", zoo / "recipe.yml")))
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("KITTYBUILD_GOLDEN") == "write":
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_there_is_no_text_without_its_recipe() -> None:
+    assert sorted(path.stem for path in GOLDEN.glob("*.txt")) == NAMES
