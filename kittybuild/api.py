@@ -19,7 +19,7 @@ from kittybuild.model.manifest import Manifest, ManifestTensor
 from kittybuild.model.plan import Plan, StagePlan
 from kittybuild.model.recipe import Recipe, SourceDecl
 from kittybuild.planner.known import Known
-from kittybuild.planner.locking import pins
+from kittybuild.planner.locking import pins, versions
 from kittybuild.planner.lower import lower, targets
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.views import fingerprints, locate, open_all, source_names
@@ -222,7 +222,7 @@ def _run(prepared: Prepared, store: Store, memory: int, jobs: int, events: Event
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = canonical(lock_json(pins(known, prepared.decls)))
+    lock = canonical(lock_json(pins(known, prepared.decls), versions()))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))
     for name, manifest in manifests.items():
         store.set_shortcut(prepared.keys[name], manifest.digest)

@@ -53,9 +53,14 @@ def started(target: Callable[..., None], *args: Any) -> BaseProcess:
 
 
 def build_into(answer: str, *args: str) -> None:
-    """For `started`: run a build and write its JSON document to the file `answer`."""
-    status, document = run_cli("build", *args)
-    Path(answer).write_text(json.dumps({"status": status, **document}), encoding="utf-8")
+    """For `started`: run a build; exit status, JSON document and standard error go to the file `answer`."""
+    from click.testing import CliRunner
+
+    from kittybuild.cli import main
+
+    done = CliRunner().invoke(main, ["build", *args, "--json"])
+    text = json.dumps({"status": done.exit_code, "stderr": done.stderr, **json.loads(done.stdout)})
+    Path(answer).write_text(text, encoding="utf-8")
 
 
 def linear(folder: str | Path, weights: Mapping[str | Path, Any], name: str = "recipe.yml", **more: Any) -> str:

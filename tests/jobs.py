@@ -19,6 +19,8 @@ from kittybuild.executor.budget import streamed
 from kittybuild.model.derivation import Derivation, SourceTensor
 from kittybuild.tensors import DType, TensorRef, TensorSpec
 
+torch.set_num_threads(1)  # as the executor does
+
 
 def spec_of(tensor: Tensor) -> TensorSpec:
     """The spec of a tensor."""
@@ -43,7 +45,8 @@ class Memory:
     @classmethod
     def of(cls, tensor: Tensor) -> Memory:
         """The bytes of `tensor`."""
-        return cls(spec_of(tensor), bytearray(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
+        flat = tensor.contiguous().reshape(-1)
+        return cls(spec_of(tensor), bytearray(flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""))
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """See Reader."""

@@ -58,4 +58,4 @@ def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[slice, sl
             start = row * columns + end
 
 
-LORA = Builder("lora", 1, _lora, streamed=1, scratch=6)
+LORA = Builder("lora", 1, _lora, streamed=1, scratch=8)

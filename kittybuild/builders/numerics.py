@@ -55,7 +55,10 @@ def dots(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Iterato
 
 
 def arc_cosine_weights(cosine: float, t: float) -> tuple[float, float]:
-    """sin((1-t)θ)/sin θ and sin(tθ)/sin θ for θ = arccos(cosine), |cosine| < 1, each rounded once to float64."""
+    """sin((1-t)θ)/sin θ and sin(tθ)/sin θ for θ = arccos(cosine), |cosine| < 1, each rounded once to float64.
+
+    (Outside 0 <= t <= 1 a sine may be so close to zero that the last bits of the float64 are not the nearest.)
+    """
     # libmp's functions take their precision; that of the context mpmath.mp would be shared with other threads.
     from mpmath.libmp import fone, from_float, mpf_acos, mpf_div, mpf_mul, mpf_sin, mpf_sub, round_nearest, to_float
 
@@ -102,16 +105,15 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def exact_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """The product of two sliced matrices in float64, by exact partial products added in a fixed order.
+    """The product of two sliced matrices in float64, by exact partial products. Its transpose has the same bits.
 
     The product of the two second slices lies below the rounding of the result and is left out.
     """
     total = left[0] @ right[0]
-    if len(right) > 1:
-        total += left[0] @ right[1]
-    if len(left) > 1:
-        total += left[1] @ right[0]
-    return total
+    lesser = [left[0] @ second for second in right[1:]] + [second @ right[0] for second in left[1:]]
+    if len(lesser) == 2:  # added to each other first, so that neither side comes before the other
+        lesser[0].add_(lesser.pop())
+    return total.add_(lesser[0]) if lesser else total
 
 
 def rounded(result: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,8 +35,11 @@ def package_file(package: str, file: str) -> str:
 
 
 def package_version(package: str) -> str:
-    """The version of an installed package, for the lock."""
-    return metadata.version(package)
+    """The version of an installed package, for the lock; `unknown` for one that is only on the path."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def open_source(path: str) -> Checkpoint:

@@ -34,7 +34,7 @@ from kittybuild.store.store import Store
 from kittybuild.store.writer import PackWriter
 from kittybuild.tensors import TensorRef
 
-ATTEMPTS = 5
+MOST_DAMAGED = 100
 FLUSH_EVERY = 128_000_000
 OPEN_PACKS = 8
 
@@ -63,72 +63,79 @@ Ran = tuple[dict[str, StageResult], tuple[int, int]]
 """What happened to each stage, and the bytes read and written."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be built, and with what; `results` count over all attempts."""
+
+    known: Known
+    store: Store
+    builders: Builders
+    limits: Limits
+    events: Events
+    results: dict[str, StageResult]
+
+
 def run(known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
     """Build all stages of the plan. Damaged tensors in the store are set aside and made again."""
     torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
-    for attempt in range(ATTEMPTS):
-        current = known if attempt == 0 else Known(known.plan, known.sources, store)
+    results = {name: StageResult(len(stage.steps)) for name, stage in known.plan.stages.items()}
+    job, damaged = _Job(known, store, builders, limits, events, results), set[str]()
+    while True:
         try:
-            return _attempt(current, known, store, builders, limits, events)
+            return results, _attempt(job, Known(known.plan, known.sources, store) if damaged else known)
         except DamagedTensor as damage:
+            if damage.path in damaged or len(damaged) == MOST_DAMAGED:
+                message = f"damaged tensors turn up again and again: {damage.message}"
+                hint = "run `kittybuild store check`; is the disk well?"
+                raise BuildError("KB505", message, at=damage.path, hint=hint) from damage
+            damaged.add(damage.path)
             if os.path.exists(damage.path):  # else it has only moved, as packs do when they are finished
                 events.note(f"{damage.path} is damaged: it is set aside and its tensors are made again")
             store.discard(damage.path)
             store.salvage()  # what this attempt finished
-    raise BuildError(
-        "KB505", f"damaged tensors turned up {ATTEMPTS} times", hint="run `kittybuild store check`; is the disk well?"
-    )
 
 
-def _attempt(current: Known, known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
+def _attempt(job: _Job, known: Known) -> tuple[int, int]:
+    """The bytes read and written. `known`: what this attempt believes."""
     try:
-        with Files() as files, Crew(limits.jobs) as crew:
-            state = _Run(current, store, builders, limits, events, files, crew)
-            ran = state.all_stages(), (files.bytes_read, state.written)
+        with Files() as files, Crew(job.limits.jobs) as crew:
+            attempt = _Run(job, known, files, crew)
+            attempt.all_stages()
+            amounts = files.bytes_read, attempt.written
     except BaseException:
         with suppress(KittybuildError):  # the first error counts
-            _remember(current, known, store)
+            _remember(known, job)
         raise
-    _remember(current, known, store)
-    return ran
+    _remember(known, job)
+    return amounts
 
 
-def _remember(current: Known, known: Known, store: Store) -> None:
+def _remember(known: Known, job: _Job) -> None:
     """Keep what was learned of the sources for later builds, and all of it for this one."""
-    for given, ref in current.contents():
-        known.learn(given, ref)
-    remember_sources(current, store)
+    for given, ref in known.contents():
+        job.known.learn(given, ref)
+    remember_sources(known, job.store)
 
 
 class _Run:
     """One attempt."""
 
-    def __init__(
-        self,
-        known: Known,
-        store: Store,
-        builders: Builders,
-        limits: Limits,
-        events: Events,
-        files: Files,
-        crew: Crew,
-    ) -> None:
-        self.known, self.store, self.events, self.crew = known, store, events, crew
-        self.budget = Budget(limits.memory)
-        share = self.budget.total // limits.jobs
-        self.realiser = Realiser(known, store, files, builders, share)
+    def __init__(self, job: _Job, known: Known, files: Files, crew: Crew) -> None:
+        self.known, self.store, self.events, self.crew, self.results = known, job.store, job.events, crew, job.results
+        self.budget = Budget(job.limits.memory)
+        share = self.budget.total // job.limits.jobs
+        self.realiser = Realiser(known, job.store, files, job.builders, share)
         self.written = self.unflushed = 0
         self.counting = threading.Lock()
 
-    def all_stages(self) -> dict[str, StageResult]:
-        results = {}
+    def all_stages(self) -> None:
+        """Build all stages, one after the other."""
         for name in self.known.plan.stages:
             self.known.forget_places()
             self.known.look_up(name)
             self._recall(name)
-            results[name] = self._stage(name)
+            self._stage(name, self.results[name])
         self._digest_the_rest()
-        return results
 
     def _recall(self, name: str) -> None:
         """Digest unknown sources before anything is made, if a few show that the store knows what is made of them."""
@@ -146,9 +153,11 @@ class _Run:
         if sources:
             self.known.look_up(name)
 
-    def _stage(self, name: str) -> StageResult:
+    def _stage(self, name: str, result: StageResult) -> None:
         work = stage_work(self.known.plan, name, self.known)
-        stage, result = work.stage, StageResult(len(work.stage.steps))
+        stage = work.stage
+        result.shards.clear()
+        result.linked = result.written = 0
         self.events.stage(name, sum(spec.nbytes for spec in work.specs((*work.compute, *work.copy))))
         shards: Iterable[Shard] = work.shards
         if not stage.shards:
@@ -164,7 +173,6 @@ class _Run:
             result.linked += shard.present
             result.written += not shard.present
             self.written += 0 if shard.present else shard.layout.size
-        return result
 
     def _shard(self, stage: StagePlan, shard: Shard, result: StageResult) -> Future[ManifestShard]:
         """Begin a shard; the future is done when its pack is in the store."""
@@ -225,9 +233,10 @@ class _Run:
 
     def _done(self, writer: PackWriter, name: str, made: Made, result: StageResult) -> None:
         writer.done(name, made.ref, made.xxh3, made.key)
-        result.computed += 1
-        if made.nonfinite:
-            result.nonfinite[name] = made.nonfinite
+        with self.counting:
+            result.computed += 1
+            if made.nonfinite:
+                result.nonfinite[name] = made.nonfinite
 
     def _digest_the_rest(self) -> None:
         """Contents that a manifest lists but nobody read."""

@@ -30,6 +30,6 @@ class Pin:
         }
 
 
-def lock_json(pins: Mapping[str, Pin]) -> Json:
-    """All pins by the names of their sources."""
-    return {"format": 1, "sources": {name: pin.to_json() for name, pin in pins.items()}}
+def lock_json(pins: Mapping[str, Pin], versions: Mapping[str, str]) -> Json:
+    """All pins by the names of their sources, and the versions of what built with them."""
+    return {"format": 1, "sources": {name: pin.to_json() for name, pin in pins.items()}, "versions": dict(versions)}

@@ -64,12 +64,18 @@ class ModelRef:
     @property
     def base_text(self) -> str:
         """The reference without its adapter."""
-        return self.model + (f"@{self.revision}" if self.revision else "")
+        return _named(self.model, self.revision)
 
     @property
     def adapter_text(self) -> str | None:
         """The adapter's own reference."""
-        return self.adapter and self.adapter + (f"@{self.adapter_revision}" if self.adapter_revision else "")
+        return _named(self.adapter, self.adapter_revision) if self.adapter else None
+
+
+def _named(name: str, revision: str | None) -> str:
+    """Two references have one text only if they are equal: a path that holds a sign of ours stands in quotes."""
+    shown = f"'{name}'" if "+" in name or "@" in name else name
+    return f"{shown}@{revision}" if revision else shown
 
 
 @dataclass(frozen=True, slots=True)

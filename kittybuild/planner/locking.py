@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from kittybuild import __version__
 from kittybuild.checkpoint.opening import package_version
 from kittybuild.digest import tagged
 from kittybuild.model.derivation import SourceTensor
 from kittybuild.model.lock import Pin
 from kittybuild.model.recipe import SourceDecl
 from kittybuild.planner.known import Known
+
+
+BUILT_WITH = ("torch", "numpy", "safetensors", "blake3")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a build runs with, without starting them."""
+    return {"kittybuild": __version__, **{name: package_version(name) for name in BUILT_WITH}}
 
 
 def pins(known: Known, decls: Mapping[str, SourceDecl]) -> dict[str, Pin]:

@@ -122,8 +122,8 @@ class _Lowering:
         before = len(self.problems)
         if isinstance(stage, MergeStage):
             merge = MergeLowering(stage, self.view, self.builders, self.problems)
-            steps = merge.steps()
-            donor, config = merge.donor(), merge.config()
+            steps, donor = merge.steps(), merge.donor()
+            config = merge.config() if len(self.problems) == before else None
             self.notes += merge.notes
         else:
             donor = self.view(stage.base)

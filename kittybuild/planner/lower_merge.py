@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kittybuild.builders.base import Builder, Builders
@@ -52,8 +52,8 @@ class MergeLowering:
     def steps(self) -> dict[str, Step]:
         """The steps of all output tensors, in natural order of their names."""
         parts = self._parts()
-        counted = [self._count_fits(part) for part in parts]
-        if not all(counted):
+        fits = [self._count_fits(part) for part in parts]
+        if not all(fits):
             return {}
         rows = list(self._sliced(parts) if self.stage.slices else self._whole(parts[0]))
         found = {row.name: self._step(row) for row in rows}
@@ -111,11 +111,11 @@ class MergeLowering:
             self._fail("KB309", f"{method.name} needs its base model {base} in every slice", part.at, hint)
             return False
         if len(refs) < method.least or (method.most is not None and len(refs) > method.most):
-            counted = " (the base model counts)" if base in refs else ""
+            with_base = " (the base model counts)" if base in refs else ""
             hint = "take some away, or choose another method" if len(refs) > method.least else "add one"
             if base in refs and base not in [use.model for use in self.stage.models] and not self.stage.slices:
                 hint = "base_model is one of them: take it away, or one of the others"
-            message = f"{method.name} takes {method.counts_text()}, here are {len(refs)}{counted}"
+            message = f"{method.name} takes {method.counts_text()}, here are {len(refs)}{with_base}"
             self._fail("KB309", message, part.at, hint)
             return False
         return True
@@ -270,16 +270,22 @@ class MergeLowering:
 
     def _note_unused(self, rows: list[Row]) -> None:
         """Note the filters that take no tensor: most often a slip of the pen."""
-        levels: list[tuple[Parameters, list[str]]] = [(self.stage.parameters, [row.name for row in rows])]
+        self._note_unused_in(self.stage.parameters, rows)
         for part in {id(row.part): row.part for row in rows}.values():
             inside = [row for row in rows if row.part is part]
-            levels.append((part.parameters, [row.name for row in inside]))
-            levels += [(use.parameters, [row.names[i] for row in inside]) for i, use in enumerate(part.sources)]
-        for parameters, names in levels:
-            for name, given in parameters.items():
-                for item in unused(given, names):
-                    what = "the value without a filter" if item.filter is None else f"the filter {item.filter!r}"
-                    self.notes.append(f"{given.at}: {what} of {name!r} takes no tensor")
+            self._note_unused_in(part.parameters, inside)
+            for index, use in enumerate(part.sources):
+                if use.parameters:
+                    self._note_unused_in(use.parameters, [replace(row, names=(row.names[index],)) for row in inside])
+
+    def _note_unused_in(self, parameters: Parameters, rows: list[Row]) -> None:
+        for name, given in parameters.items():
+            param = self.method.param(name)
+            by_input = param is not None and param.scope == "input"
+            names = {name for row in rows for name in (row.names if by_input else [row.name])}
+            for item in unused(given, names):
+                what = "the value without a filter" if item.filter is None else f"the filter {item.filter!r}"
+                self.notes.append(f"{given.at}: {what} of {name!r} takes no tensor")
 
     def _report(self) -> None:
         """Missing tensors and unequal shapes, each kind in one error."""

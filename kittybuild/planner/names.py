@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.(?P<rest>.*)", re.DOTALL)
-_DIGITS = re.compile(r"(\d+)")
+_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.(?P<rest>.*)", re.DOTALL)
+_DIGITS = re.compile(r"([0-9]+)")
 _FIRST = re.compile(r"emb|wte|wpe")
 _LAST = re.compile(r"unembed|embed_out|lm_head")
 
@@ -48,6 +48,9 @@ def before_layers(name: str) -> bool:
     return bool(_FIRST.search(name)) and not _LAST.search(name)
 
 
-def natural(name: str) -> tuple[tuple[int, int | str], ...]:
+def natural(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
     """A sort key in which layer 2 comes before layer 10."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in _DIGITS.split(name))
+    parts = _DIGITS.split(name)  # texts and numbers take turns, and a longer number is a larger one
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    parts[1::2] = numbers
+    return tuple((len(part) if index % 2 else 0, part) for index, part in enumerate(parts)), name

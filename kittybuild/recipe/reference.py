@@ -52,5 +52,7 @@ def _side(value: Any) -> tuple[str, str | None]:
         return _part(value)
     if not isinstance(value, Mapping) or set(value) - {"path", "revision"} or not isinstance(value.get("path"), str):
         raise ValueError("a model is a text, or a mapping of 'path' and 'revision'")
+    if not value["path"]:
+        raise ValueError("the path is empty")
     revision = value.get("revision")
     return value["path"], None if revision is None else str(revision)

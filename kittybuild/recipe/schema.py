@@ -19,6 +19,7 @@ class _Text(BaseModel):
 
 LayerRange = Annotated[list[StrictInt], Field(min_length=2, max_length=2)]
 ReferenceText = StrictStr | dict[str, Any]
+Words = Annotated[StrictStr, Field(min_length=1)]
 Name = Annotated[StrictStr, Field(pattern=r"^[^/+@\s][^/+@]*$")]
 
 
@@ -86,17 +87,17 @@ class ApplyLoraText(_StageText):
 class SourceText(_Text):
     """A source: one of `path`, `package` + `file`, `hub`."""
 
-    path: StrictStr | None = None
-    package: StrictStr | None = None
-    file: StrictStr | None = None
-    hub: StrictStr | None = None
-    revision: StrictStr | None = None
+    path: Words | None = None
+    package: Words | None = None
+    file: Words | None = None
+    hub: Words | None = None
+    revision: Words | None = None
 
 
 class OutputText(_Text):
     """An output folder."""
 
-    folder: StrictStr
+    folder: Words
     shard_size: StrictStr | StrictInt = "1GB"
 
 
@@ -189,6 +190,7 @@ def _problems(
 _WANTED: Mapping[str, str] = MappingProxyType(
     {
         "string_type": "a text, in quotes if it looks like a number",
+        "string_too_short": "a text that is not empty",
         "int_type": "a whole number",
         "bool_type": "true or false",
         "float_type": "a number",

@@ -147,7 +147,8 @@ class PackWriter:
         path = self._paths.pack(digest)
         if self._packs.path(digest) is None:
             self._install(path, refs)
-        self._packs.record(digest, self.layout, self._done.values())
+        with guarded("record", path):
+            self._packs.record(digest, self.layout, self._done.values())
         with guarded("tidy up after", self._part.path):
             self._leave_part()
         # The journal goes last: without its file it still tells salvage which derivations made the tensors.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.building import build, contents, fails, fresh, linear, manifest_of
-from tests.helpers import load_tensors, pico_adapter, pico_llama, run_cli, write_recipe
 
 from kittybuild.digest import Digest
 from kittybuild.store.pack import read_pack_header
+from tests.building import build, contents, fails, fresh, linear, manifest_of
+from tests.helpers import load_tensors, pico_adapter, pico_llama, run_cli, write_recipe
 
 
 @pytest.fixture(scope="module")

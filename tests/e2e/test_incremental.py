@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.building import Answer, build, contents, linear, manifest_of, packs
-from tests.helpers import load_tensors, pico_adapter, pico_llama, save_tensors, write_recipe
 
 from kittybuild.store.pack import read_pack_header
+from tests.building import Answer, build, contents, linear, manifest_of, packs
+from tests.helpers import load_tensors, pico_adapter, pico_llama, save_tensors, write_recipe
 
 LAYER_5 = "model.layers.5."
 

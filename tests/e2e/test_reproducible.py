@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.building import build, contents, fresh, packs
 from tests.helpers import pico_adapter, pico_llama, write_recipe
 

@@ -1,6 +1,7 @@
 """The whole texts of errors. `tests/golden/errors/NAME.yml` is a bad recipe, `NAME.txt` what a person reads about it.
 
-After changing a message on purpose: KITTYBUILD_GOLDEN=write pytest tests/unit/test_errors_golden.py, then read the diff.
+After changing a message on purpose: `KITTYBUILD_GOLDEN=write pytest tests/unit/test_errors_golden.py`, and read the
+diff.
 Paths in the texts count from the recipe's folder, which holds the checkpoints of `zoo`.
 """
 

@@ -201,6 +201,7 @@ BAD = [
     ("KB103", f"kittybuild: 1\ndefaults: {{dtype: ▸int64}}\nstages: {{s: {ONE}}}"),
     ("KB103", f"kittybuild: 1\nsources: {{a: ▸{{path: a, package: b}}}}\nstages: {{s: {ONE}}}"),
     ("KB103", f"kittybuild: 1\nstages: {{s: {ONE}}}\noutputs: {{s: {{folder: out, shard_size: ▸0}}}}"),
+    ("KB103", f"kittybuild: 1\nstages: {{s: {ONE}}}\noutputs: {{s: {{folder: ▸''}}}}"),
     ("KB104", "merge_method: ▸average\nmodels: [{model: a}]"),
     ("KB105", "{merge_method: passthrough, models: [{model: a}],\n parameters: {▸scael: 1}}"),
     ("KB106", "{merge_method: passthrough, models: [{model: a, parameters: {▸scale: big}}]}"),

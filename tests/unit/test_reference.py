@@ -82,3 +82,9 @@ def test_the_parts_of_a_reference() -> None:
     reference = parsed("org/name@v1+org/lora@v2")
     assert (reference.base_text, reference.adapter_text) == ("org/name@v1", "org/lora@v2")
     assert parsed("base").adapter_text is None
+
+
+def test_paths_with_our_signs_in_them_are_told_apart() -> None:
+    odd = parsed({"model": {"path": "a+b"}, "lora": {"path": "c@d"}})
+    assert str(odd) == "'a+b'+'c@d'"
+    assert str(parsed({"model": {"path": "a+b"}})) != str(parsed("a+b"))

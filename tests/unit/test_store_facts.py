@@ -242,6 +242,20 @@ class TestPacks:
         assert os.stat(two.path).st_ino == inode
         assert list(Path(store.root, "tmp").iterdir()) == []
 
+    def test_a_pack_that_was_changed_under_another_name_is_noticed(self, store: Store, tmp_path: Path) -> None:
+        pack = put_pack(store, THREE)
+        os.utime(pack.path, ns=(1, 1))
+        assert store.pack(pack.digest) == pack.path, "only its time changed: its tensors were read, and are right"
+        os.link(pack.path, tmp_path / "model.safetensors")
+        os.chmod(pack.path, 0o644)
+        with open(tmp_path / "model.safetensors", "r+b") as file:
+            file.seek(5000)
+            file.write(b"edited")
+        assert store.pack(pack.digest) is None
+        assert put_pack(store, THREE) == pack
+        assert store.pack(pack.digest) == pack.path
+        assert b"edited" in (tmp_path / "model.safetensors").read_bytes()
+
     def test_a_tensor_is_copied_from_the_pack_that_holds_it(self, store: Store) -> None:
         put_pack(store, THREE)
         new = sample("new")

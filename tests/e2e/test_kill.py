@@ -1,0 +1,106 @@
+"""Builds that are killed: the folder is the old model or the new one, and the next build ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.building import Answer, build_into, contents, manifest_of, packs, started
+from tests.helpers import llama_config, llama_shapes, noise, pico_adapter, write_model, write_recipe
+
+KILLS = 20
+SIZE = {"layers": 6, "width": 256, "vocab": 1024}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three siblings of 18 MB each and an adapter, and recipes that differ in one weight."""
+    top = tmp_path_factory.mktemp("kill")
+    names = {name: noise(7, name, shape) for name, shape in llama_shapes(**SIZE).items()}
+    for number, name in enumerate(("base", "happy", "calm")):
+        # Rolled, not drawn again: it is as good here, and faster.
+        tensors = {key: tensor + 0.02 * tensor.roll(number + 1) for key, tensor in names.items()}
+        write_model(top / name, tensors, llama_config(**SIZE, tie=False, dtype="float32"))
+    pico_adapter(top / "mood", top / "base", 3)
+    for name, weight in (("old", 0.5), ("new", 0.6)):
+        ties = [{"model": model, "parameters": {"weight": weight, "density": 0.5}} for model in ("glad", "happy")]
+        soup = [{"model": model, "parameters": {"weight": weight}} for model in ("ties", "calm")]
+        form = {
+            "kittybuild": 1,
+            "sources": {source: {"path": str(top / source)} for source in ("base", "happy", "calm", "mood")},
+            "stages": {
+                "glad": {"kind": "apply_lora", "base": "base", "adapters": [{"adapter": "mood"}]},
+                "ties": {"merge_method": "ties", "base_model": "base", "models": ties},
+                "soup": {"merge_method": "linear", "models": soup},
+            },
+            "outputs": {"ties": {"folder": "out/ties", "shard_size": "3MB"}, "soup": {"folder": "out/soup"}},
+        }
+        write_recipe(top, form, f"{name}.yml")
+    return top
+
+
+def run(place: Path, recipe: Path, after: float | None = None) -> Answer | None:
+    """Build with the store and the outputs in `place`; None if it was killed, which is done after so many seconds."""
+    shutil.copy(recipe, place / "recipe.yml")
+    answer = place / "answer.json"
+    answer.unlink(missing_ok=True)
+    process = started(build_into, str(answer), str(place / "recipe.yml"), "--store", str(place / "store"))
+    if after is not None:
+        time.sleep(after)
+        process.kill()
+    process.join()
+    if process.exitcode != 0:
+        return None
+    found: Answer = json.loads(answer.read_text(encoding="utf-8"))
+    assert found["status"] == 0, found
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, dict[str, dict[str, bytes]]]:
+    """What uninterrupted builds make: recipe -> output -> its files. And how long they take, by leaving the stores."""
+    found = {}
+    for name in ("old", "new"):
+        (folder / f"whole-{name}").mkdir()
+        assert run(folder / f"whole-{name}", folder / f"{name}.yml")
+        found[name] = {stage: contents(folder / f"whole-{name}/out/{stage}") for stage in ("ties", "soup")}
+    return found
+
+
+def test_killed_at_any_moment(folder: Path, models: dict[str, dict[str, dict[str, bytes]]], tmp_path: Path) -> None:
+    """Half of the builds are the first in their folder and store, half replace an older model."""
+    (tmp_path / "timed").mkdir()
+    begin = time.monotonic()
+    whole = run(tmp_path / "timed", folder / "new.yml")
+    seconds = time.monotonic() - begin
+    assert whole is not None
+    moments = random.Random(20261122)
+    weights = {data for files in models["new"].values() for name, data in files.items() if name.endswith("tensors")}
+    killed = salvaged = 0
+    for number in range(KILLS):
+        place, update = tmp_path / str(number), number % 2 == 1
+        if update:
+            shutil.copytree(folder / "whole-old", place)
+        else:
+            place.mkdir()
+        killed += run(place, folder / "new.yml", moments.uniform(0.0, 1.02 * seconds)) is None
+        for stage in ("ties", "soup"):
+            there = contents(place / "out" / stage)
+            assert there in ([models["old"][stage]] if update else [{}]) + [models["new"][stage]], f"{number}: {stage}"
+        answer = run(place, folder / "new.yml")
+        assert answer is not None
+        assert {stage: contents(place / "out" / stage) for stage in ("ties", "soup")} == models["new"]
+        for stage in ("ties", "soup"):
+            assert manifest_of(answer, stage) == manifest_of(whole, stage)
+        assert weights <= set(packs(place / "store").values())
+        assert not list((place / "store/tmp").iterdir())
+        assert not list(place.glob("out/*.kittybuild-*"))
+        salvaged += "an interrupted build left" in answer["stderr"]
+        shutil.rmtree(place)
+    assert killed >= KILLS // 2  # else the moments were not spread over the build
+    assert salvaged >= 1
