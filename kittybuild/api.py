@@ -186,7 +186,9 @@ def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], by
         digest = store.shortcut(key)
         manifest = store.manifest(digest) if digest else None
         if manifest is None:
-            return None
+            if name in prepared.wanted:
+                return None
+            continue  # a stage of which nothing was needed has none
         if name in prepared.wanted:
             if not all(store.pack(shard.pack) for shard in manifest.shards):
                 return None

@@ -1,6 +1,6 @@
 """Recipes parsed and lowered in tests, without a store and without torch; and checkpoints that are headers only.
 
-    plan = planned(tmp_path, {"a": llama(), "b": llama()}, "merge_method: linear ...")
+`plan = planned(tmp_path, {"a": llama(), "b": llama()}, "merge_method: linear ...")`
 """
 
 from __future__ import annotations

@@ -325,7 +325,7 @@ def _llama3_scaling(header: Header, theta: float, head: int) -> dict[str, Any]:
             file.seek(stored.offset)
             factors = struct.unpack(f"<{head // 2}f", file.read(stored.nbytes))
     except (OSError, struct.error) as error:
-        raise header.error("KB210", f"cannot be read: {error}") from None
+        raise header.error("KB201", f"cannot be read: {error}") from None
     factor = factors[-1]
     if not 1 <= factor < math.inf:
         return {}

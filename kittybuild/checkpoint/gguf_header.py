@@ -159,7 +159,7 @@ def read_header(path: str, arrays: Collection[str] = ()) -> Header:
             return _header(_Cursor(file, path), known, arrays)
     except OSError as error:
         hint = "check the path and its permissions"
-        raise SourceError("KB210", f"cannot be read: {error.strerror}", at=path, hint=hint) from None
+        raise SourceError("KB201", f"cannot be read: {error.strerror}", at=path, hint=hint) from None
 
 
 def _header(cursor: _Cursor, file: FileId, arrays: Collection[str]) -> Header:

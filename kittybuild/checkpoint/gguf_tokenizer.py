@@ -20,7 +20,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
-OTHER_FOLDER = "name another folder of the model as `tokenizer`"
+OTHER_FOLDER = "use the safetensors files of the model: their folder has the tokenizer"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

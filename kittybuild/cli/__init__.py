@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from types import MappingProxyType
 
 import click
@@ -23,6 +24,17 @@ class _Lazy(click.Group):
             return None
         module = importlib.import_module(f"kittybuild.cli.{_COMMANDS[cmd_name]}")
         return module.command  # type: ignore[no-any-return]
+
+    def invoke(self, ctx: click.Context) -> object:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:  # click prints it for a person
+            if as_json:
+                hint = f"see `{(error.ctx or ctx).command_path} --help`"
+                found = {"code": "KB000", "message": error.format_message(), "at": None, "hint": hint}
+                click.echo(json.dumps({"ok": False, "errors": [found]}))
+            raise
 
 
 @click.group(cls=_Lazy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import sys
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from kittybuild import api
-from kittybuild.cli.common import JSON, STORE, Size, amount, answers, store_folder
+from kittybuild.cli.common import JSON, STORE, Size, amount, answers, cores, store_folder
 from kittybuild.cli.progress import shown
 from kittybuild.errors import UsageError
 from kittybuild.store.store import Store
@@ -55,7 +54,7 @@ def command(
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
     prepared = api.prepare(parsed, stages, output)
     with Store.open(store_folder(store, recipe)) as opened, shown() as events:
-        report = api.build(prepared, opened, memory=memory, jobs=jobs or _cores(), events=events)
+        report = api.build(prepared, opened, memory=memory, jobs=jobs or cores(), events=events)
     document = {
         "ok": True,
         "stages": {name: stage.to_json() for name, stage in report.stages.items()},
@@ -71,10 +70,6 @@ def command(
         for tensor, count in stage.nonfinite.items():
             click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
     return document
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _print(report: api.BuildReport, verbose: bool) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from kittybuild import api
-from kittybuild.cli.common import JSON, STORE, Size, amount, answers, store_folder
+from kittybuild.cli.common import JSON, STORE, Size, amount, answers, cores, store_folder
 from kittybuild.planner.estimate import Estimate, estimate
 from kittybuild.store.store import Store
 
@@ -29,9 +28,9 @@ def command(
     folder = store_folder(store, recipe)
     if Store.exists(folder):
         with Store.open(folder) as opened:
-            found = estimate(api.plan(prepared, opened), memory=memory, jobs=jobs or os.cpu_count() or 1)
+            found = estimate(api.plan(prepared, opened), memory=memory, jobs=jobs or cores())
     else:
-        found = estimate(api.plan(prepared, None), memory=memory, jobs=jobs or os.cpu_count() or 1)
+        found = estimate(api.plan(prepared, None), memory=memory, jobs=jobs or cores())
     if not as_json:
         _print(found)
     return {"ok": True, **found.to_json(), "folders": dict(prepared.folders)}

@@ -12,6 +12,7 @@ from blake3 import blake3
 from xxhash import xxh3_64
 
 from kittybuild.builders.base import Block, Combine
+from kittybuild.builders.numerics import one_nan, rounded
 from kittybuild.checkpoint.reading import Reader
 from kittybuild.digest import Digest
 from kittybuild.errors import SourceError
@@ -93,10 +94,11 @@ class Output:
 
     def put(self, result: torch.Tensor) -> None:
         """The next block of the result."""
-        rounded = result.to(self._dtype)
-        if self.spec.dtype.is_float:
-            self.nonfinite += nonfinite(rounded)
-        self.put_bytes(memoryview(rounded.contiguous().view(torch.uint8).numpy().data))
+        finished = rounded(result, self._dtype)
+        if self.spec.dtype.is_float and (count := nonfinite(finished)):
+            self.nonfinite += count
+            finished = one_nan(finished)
+        self.put_bytes(memoryview(finished.contiguous().view(torch.uint8).numpy().data))
 
     def put_bytes(self, data: memoryview) -> None:
         """The next bytes of the result, as they are."""

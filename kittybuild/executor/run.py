@@ -86,7 +86,7 @@ def run(known: Known, store: Store, builders: Builders, limits: Limits, events: 
         except DamagedTensor as damage:
             if damage.path in damaged or len(damaged) == MOST_DAMAGED:
                 message = f"damaged tensors turn up again and again: {damage.message}"
-                hint = "run `kittybuild store check`; is the disk well?"
+                hint = "is the disk well? Name another store with --store"
                 raise BuildError("KB505", message, at=damage.path, hint=hint) from damage
             damaged.add(damage.path)
             if os.path.exists(damage.path):  # else it has only moved, as packs do when they are finished

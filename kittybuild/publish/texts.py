@@ -46,9 +46,17 @@ def folder_texts(
 def card(recipe: Recipe, stage: str, folder: str, methods: Sequence[Method]) -> str:
     """The model card, in the form that the Hub and its bots read."""
     named = _models(recipe, recipe.stages[stage])
-    hub = [name for name in named if _is_hub_name(recipe, name)]
-    front = ["---", *(["base_model:", *(f"- {name}" for name in hub)] if hub else ["base_model: []"])]
-    front += ["library_name: transformers", "tags:", "- mergekit", "- merge", "- kittybuild", "---"]
+    # The Hub wants names of its own models here, and our sources are files: a path may look like such a name.
+    front = [
+        "---",
+        "base_model: []",
+        "library_name: transformers",
+        "tags:",
+        "- mergekit",
+        "- merge",
+        "- kittybuild",
+        "---",
+    ]
     title = os.path.basename(os.path.abspath(folder)) or recipe.name
     lines = [
         *front,
@@ -88,10 +96,6 @@ def _models(recipe: Recipe, stage: Stage) -> list[str]:
     if isinstance(stage, ApplyLoraStage):
         found.update({str(use.adapter): None for use in stage.adapters})
     return list(found)
-
-
-def _is_hub_name(recipe: Recipe, name: str) -> bool:
-    return name not in recipe.sources and name.count("/") == 1 and name[0] not in "./~" and not os.path.exists(name)
 
 
 def _sentence(stage: Stage, methods: Sequence[Method]) -> str:

@@ -57,6 +57,7 @@ def parse_recipe(text: str, file: str, methods: Sequence[Method]) -> Recipe:
     recipe = _own(documents[0], text, methods, problems) if own else _mergekit(documents, text, methods, problems)
     if recipe:
         _check_references(recipe, problems)
+        recipe = replace(recipe, notes=(*recipe.notes, *_unused(recipe)))
     raise_all(sorted(problems, key=_place))
     assert recipe is not None  # without problems there is one
     return recipe
@@ -106,7 +107,10 @@ def _mergekit(documents: Sequence[Document], text: str, methods: Sequence[Method
     for document in documents:
         name = document.value.get("name")
         name = name if isinstance(name, str) else "merge"
-        if name in stages:
+        if "+" in name or "@" in name:
+            at, hint = str(document.at(("name",))), "a name holds no '+' and no '@'"
+            problems.append(RecipeError("KB103", f"{name!r} cannot be a name", at=at, hint=hint))
+        elif name in stages:
             at = str(document.key_at(("name",)))
             hint = "give each document a `name`; at most one goes without"
             problems.append(RecipeError("KB110", f"two documents are called {name!r}", at=at, hint=hint))
@@ -230,6 +234,18 @@ def _dtypes(
                 RecipeError("KB103", f"{key} cannot be {word!r}", at=str(document.at((*path, key))), hint=hint)
             )
     return found
+
+
+def _unused(recipe: Recipe) -> list[str]:
+    """Sources that take no part in any stage."""
+    named: set[str | None] = set()
+    for stage in recipe.stages.values():
+        adapters = [use.adapter for use in stage.adapters] if isinstance(stage, ApplyLoraStage) else []
+        for ref in (*stage.references(), *adapters):
+            named |= {ref.model, ref.adapter}
+    return [
+        f"{decl.at}: no stage names the source {name!r}" for name, decl in recipe.sources.items() if name not in named
+    ]
 
 
 def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:

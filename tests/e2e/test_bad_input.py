@@ -19,7 +19,7 @@ from kittybuild.errors import BuildError, SourceError
 from kittybuild.store.store import Store
 from tests.building import build, contents, fails, linear, manifest_of, packs
 from tests.faults import assert_sound
-from tests.helpers import load_tensors, pico_adapter, pico_llama, run_cli, save_tensors, write_json, write_recipe
+from tests.helpers import load_tensors, pico_adapter, pico_llama, save_tensors, write_json, write_recipe
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -309,10 +309,7 @@ class TestSourcesThatChangeMeanwhile:
         assert build(*args)["stages"]["merge"]["tensors"] == 21
 
 
-def test_a_recipe_that_is_no_recipe(tmp_path: Path) -> None:
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
-    for file, code in ((tmp_path / "binary.yml", "KB100"), (tmp_path / "absent.yml", "KB100"), (tmp_path, "KB100")):
-        status, document = run_cli("build", file, "-o", tmp_path / "out")
-        assert status in (2, 3), document
-        if document:
-            assert document["errors"][0]["code"] == code
+    for file, status, code in (("binary.yml", 3, "KB100"), ("absent.yml", 3, "KB100"), (".", 2, "KB000")):
+        assert fails(tmp_path / file, "-o", tmp_path / "out")[:2] == (status, code)

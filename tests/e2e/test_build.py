@@ -111,6 +111,18 @@ class TestJson:
         assert not loaded & {"torch", "transformers", "numpy", "gguf", "tokenizers", "safetensors", "huggingface_hub"}
 
 
+@pytest.mark.parametrize(
+    "words", [("build",), ("build", "x.yml", "--memory", "lots"), ("build", "x.yml", "--jobs", "0"), ("buld",)], ids=str
+)
+def test_words_that_the_command_line_does_not_know_are_a_document_too(words: tuple[str, ...]) -> None:
+    status, answer = run_cli(*words)
+    assert (status, answer["ok"]) == (2, False)
+    (error,) = answer["errors"]
+    assert error["code"] == "KB000"
+    assert error["message"]
+    assert "--help" in error["hint"]
+
+
 def failing_recipes(models: Path, folder: Path) -> dict[str, tuple[str, int, str]]:
     """What is wrong -> recipe, exit status, code."""
     pico_llama(folder / "wider", 9, width=64)

@@ -321,7 +321,7 @@ def test_a_type_without_a_decoder_is_an_error(tmp_path):
 
 
 def test_what_cannot_be_opened_is_an_error(tmp_path):
-    assert failure(str(tmp_path / "absent.gguf")).code == failure(str(tmp_path)).code == "KB210"
+    assert failure(str(tmp_path / "absent.gguf")).code == failure(str(tmp_path)).code == "KB201"
 
 
 def test_a_file_cut_anywhere_is_an_error(tmp_path):

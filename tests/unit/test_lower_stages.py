@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from kittybuild.builders.registry import BUILTIN
 from kittybuild.errors import UsageError
 from kittybuild.model.derivation import SourceTensor, StageTensor
 from kittybuild.model.plan import Plan
 from kittybuild.planner.lower import shards_of, targets
+from kittybuild.planner.views import locate, source_names
+from kittybuild.recipe.parse import parse_recipe
 from kittybuild.tensors import DType, TensorSpec
 from tests.helpers import pico_adapter, pico_llama, save_tensors
 from tests.planning import errors_of, found, llama, parse, planned, step, write_header
@@ -240,6 +243,22 @@ class TestShards:
 
 
 class TestSources:
+    def test_paths_count_from_the_recipes_folder_and_then_from_the_working_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("home/near", "work/near", "work/far"):
+            write_header(tmp_path / name, llama())
+        monkeypatch.chdir(tmp_path / "work")
+        recipe = parse_recipe(
+            "merge_method: linear\nmodels: [{model: near}, {model: far}]",
+            str(tmp_path / "home/r.yml"),
+            BUILTIN.methods(),
+        )
+        assert locate(recipe, source_names(recipe)) == {
+            "near": str(tmp_path / "home/near"),
+            "far": str(tmp_path / "work/far"),
+        }
+
     def test_a_declared_name_goes_before_a_folder(self, zoo: Path) -> None:
         text = """\
         kittybuild: 1

@@ -114,6 +114,10 @@ class TestOwnFormat:
         assert part.base == ModelRef("a")
         assert part.parameters["t"].values == (Filtered((0, 1), None),)
 
+    def test_a_source_that_takes_no_part_is_noted(self) -> None:
+        text = OWN.replace("sources:\n", "sources:\n  happy: {path: h}\n  spare: {path: s}\n")
+        assert parse(text).notes == ("recipe.yml:5:10: no stage names the source 'spare'",)
+
     def test_without_a_name_it_is_the_files(self) -> None:
         assert parse(OWN.replace("name: calm\n", "")).name == "recipe"
 
@@ -202,6 +206,7 @@ BAD = [
     ("KB103", f"kittybuild: 1\nsources: {{a: ▸{{path: a, package: b}}}}\nstages: {{s: {ONE}}}"),
     ("KB103", f"kittybuild: 1\nstages: {{s: {ONE}}}\noutputs: {{s: {{folder: out, shard_size: ▸0}}}}"),
     ("KB103", f"kittybuild: 1\nstages: {{s: {ONE}}}\noutputs: {{s: {{folder: ▸''}}}}"),
+    ("KB103", "name: ▸a+b\nmerge_method: passthrough\nmodels: [{model: a}]"),
     ("KB104", "merge_method: ▸average\nmodels: [{model: a}]"),
     ("KB105", "{merge_method: passthrough, models: [{model: a}],\n parameters: {▸scael: 1}}"),
     ("KB106", "{merge_method: passthrough, models: [{model: a, parameters: {▸scale: big}}]}"),

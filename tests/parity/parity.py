@@ -1,0 +1,248 @@
+"""Merges pico models with kittybuild and with mergekit 0.1.5, and compares every element: `make parity`.
+
+mergekit is run as a program in an environment of its own. What counts as equal:
+
+- names, shapes and dtypes of all tensors, and num_hidden_layers of config.json, are equal;
+- passthrough without a scale: every byte;
+- bfloat16 and float16 elements: the same or the neighbouring number;
+- float32 elements: |ours - theirs| <= 2e-6 * |theirs| + 2**-22 * (root mean square of their tensor), since an element
+  near zero is the small difference of larger ones, each of which was rounded;
+- TIES: an element may differ beyond that where the difference of one of the models is exactly as large as the smallest
+  one kept (which of the equals are kept is unspecified in mergekit), or where the signed sum of the differences is zero
+  but for rounding (then a rounding elects the sign). Such elements are counted; any other is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from kittybuild import __version__
+from tests.helpers import load_tensors
+from tests.parity.cases import Case, cases, write_models
+
+ROOT = Path(__file__).parents[2]
+NEAR_ZERO = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-20}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table. `largest`: in units of the last place, or relative; `excused`: see the file's docstring."""
+
+    dtype: str
+    name: str
+    tensors: int
+    elements: int
+    equal: int
+    largest: str
+    excused: int
+    problems: tuple[str, ...]
+
+
+def main() -> int:
+    """Run all cases, print the table, return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    known = os.environ.get("KITTYBUILD_MERGEKIT", str(ROOT / ".venv-mergekit-0.1.5"))
+    parser.add_argument("--mergekit", default=known, help="the environment with mergekit==0.1.5 (KITTYBUILD_MERGEKIT)")
+    parser.add_argument("--jobs", type=int, default=2, help="cases side by side")
+    parser.add_argument("--only", default="", help="only the cases with this in their name")
+    parser.add_argument("--write", help="write the table to this file, too")
+    arguments = parser.parse_args()
+    versions = theirs(arguments.mergekit)
+    if versions.get("mergekit") != "0.1.5":
+        parser.error(f"{arguments.mergekit} has mergekit {versions.get('mergekit')}, not 0.1.5")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        work = []
+        for dtype in ("bfloat16", "float32"):
+            models = Path(folder) / dtype
+            write_models(models, dtype)
+            chosen = [case for case in cases(dtype) if arguments.only in case.name]
+            work += [pool.submit(run, case, dtype, models, i, arguments.mergekit) for i, case in enumerate(chosen)]
+        results = [done.result() for done in work]
+    text = table(results, versions)
+    print(text, end="")
+    if arguments.write:
+        Path(arguments.write).write_text(text, encoding="utf-8")
+    return 1 if any(result.problems for result in results) else 0
+
+
+def theirs(environment: str) -> dict[str, str]:
+    """The versions of what counts in mergekit's environment."""
+    code = "import json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in NAMES}))"
+    names = ("mergekit", "torch", "transformers", "numpy", "safetensors")
+    command = [f"{environment}/bin/python", "-c", code.replace("NAMES", repr(names))]
+    return dict(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+
+
+# ---- one case
+
+
+def run(case: Case, dtype: str, models: Path, number: int, environment: str) -> Result:
+    """Both programs on one configuration, and what came out compared."""
+    config = models / f"{number}.yml"
+    config.write_text(yaml.safe_dump(case.config, sort_keys=False), encoding="utf-8")
+    ours, other = models / f"{number}-kittybuild", models / f"{number}-mergekit"
+    quiet = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+    call([f"{environment}/bin/mergekit-yaml", config.name, str(other), *quiet], models)
+    kittybuild = [sys.executable, "-m", "kittybuild", "build", config.name, "-o", str(ours)]
+    call([*kittybuild, "--store", str(models / f"{number}-store")], models)
+    return compared(case, dtype, models, ours, other)
+
+
+def call(command: list[str], folder: Path) -> None:
+    """Run a program; its words are shown only if it fails."""
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    if "mergekit" in command[0]:
+        del environment["PYTHONPATH"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compared(case: Case, dtype: str, models: Path, ours: Path, other: Path) -> Result:
+    """The row of a case."""
+    found, wanted = load_tensors(ours), load_tensors(other)
+    problems = []
+    if {n: (t.shape, t.dtype) for n, t in found.items()} != {n: (t.shape, t.dtype) for n, t in wanted.items()}:
+        odd = sorted(found.keys() ^ wanted.keys()) or [n for n, t in found.items() if t.dtype != wanted[n].dtype]
+        problems.append(f"other names, shapes or dtypes: {', '.join(odd[:4])}")
+    counts = [json.loads((folder / "config.json").read_text())["num_hidden_layers"] for folder in (ours, other)]
+    if counts[0] != counts[1]:
+        problems.append(f"num_hidden_layers: {counts[0]} and {counts[1]}")
+    equal = excused = 0
+    largest = 0.0
+    for name in sorted(found.keys() & wanted.keys()):
+        x, y = found[name], wanted[name]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            continue
+        equal += int((x == y).sum())
+        beyond = x != y if case.exact else far_apart(x, y)
+        allowed = excuses(case, name, models) if case.ties and bool(beyond.any()) else torch.zeros_like(beyond)
+        excused += int((beyond & allowed).sum())
+        if bool((beyond & ~allowed).any()):
+            problems.append(f"{name}: {int((beyond & ~allowed).sum())} elements")
+        largest = max(largest, measure(x[~beyond], y[~beyond]))
+    shown = f"{largest:.0f} ulp" if found and next(iter(found.values())).element_size() == 2 else f"{largest:.1e}"
+    elements = sum(tensor.numel() for tensor in wanted.values())
+    return Result(dtype, case.name, len(wanted), elements, equal, shown, excused, tuple(problems))
+
+
+def places(tensor: Tensor) -> Tensor:
+    """The numbers of a 16-bit dtype, counted in order: neighbours differ by one."""
+    bits = tensor.contiguous().view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def far_apart(x: Tensor, y: Tensor) -> Tensor:
+    """Where two tensors differ by more than the module's docstring allows."""
+    if x.element_size() == 2:
+        return (places(x) - places(y)).abs() > 1
+    small = 2.0**-22 * y.double().square().mean().sqrt()
+    return (x.double() - y.double()).abs() > 2e-6 * y.double().abs() + small
+
+
+def measure(x: Tensor, y: Tensor) -> float:
+    """The largest difference: in units of the last place, or relative to the larger of element and tensor."""
+    if x.numel() == 0:
+        return 0.0
+    if x.element_size() == 2:
+        return float((places(x) - places(y)).abs().max())
+    size = torch.maximum(y.double().abs(), y.double().square().mean().sqrt())
+    return float(((x.double() - y.double()).abs() / size).max())
+
+
+# ---- what TIES leaves open
+
+
+def excuses(case: Case, name: str, models: Path) -> Tensor:
+    """Where a difference of a TIES merge has no one right answer."""
+    base = tensor_of(models, "base", name)
+    kept, total, size, sure = [], torch.zeros(base.shape), torch.zeros(base.shape), torch.ones(base.shape, dtype=bool)
+    for model, weight, density in ties_inputs(case, name):
+        delta = tensor_of(models, model, name) - base
+        threshold = smallest_kept(delta, density)
+        sure &= delta.abs() != threshold
+        kept.append(weight * torch.where(delta.abs() >= threshold, delta, 0))
+        total, size = total + kept[-1], size + kept[-1].abs()
+    doubtful = NEAR_ZERO[torch.float32 if case.config.get("dtype") else tensor_dtype(models, name)]
+    return ~sure | ((total.abs() <= doubtful * size) & (size > 0))
+
+
+def smallest_kept(delta: Tensor, density: float) -> float:
+    """The magnitude of the smallest difference that is kept."""
+    count = int(density * delta.numel())
+    return float(delta.abs().flatten().sort(descending=True).values[max(1, count) - 1]) if density < 1 else -1.0
+
+
+def ties_inputs(case: Case, name: str) -> Iterator[tuple[str, float, float]]:
+    """Model, weight and density of each input, for the tensor `name`."""
+    whole: Mapping[str, object] = case.config.get("parameters", {})
+    for use in case.config["models"]:
+        given = {**whole, **use["parameters"]}
+        yield use["model"], value(given["weight"], name), value(given["density"], name)
+
+
+def value(setting: object, name: str) -> float:
+    """A setting for a tensor of a model with as many layers as ours have."""
+    from tests.parity.cases import LAYERS
+
+    if isinstance(setting, list) and setting and isinstance(setting[0], dict):
+        return value(next(s["value"] for s in setting if s.get("filter", "") in name), name)
+    if not isinstance(setting, list):
+        return float(setting)  # type: ignore[arg-type]
+    t = int(name.split(".")[2]) / (LAYERS - 1) if ".layers." in name else 0.0
+    place = t * (len(setting) - 1)
+    low = int(place)
+    high = min(low + 1, len(setting) - 1)
+    return float((1 - (place - low)) * setting[low] + (place - low) * setting[high])
+
+
+def tensor_of(models: Path, model: str, name: str) -> Tensor:
+    """A tensor of a model, in float32."""
+    return load_tensors(models / model)[name].float()
+
+
+def tensor_dtype(models: Path, name: str) -> torch.dtype:
+    """The dtype of a tensor of the base."""
+    return load_tensors(models / "base")[name].dtype
+
+
+# ---- the table
+
+
+def table(results: list[Result], versions: Mapping[str, str]) -> str:
+    """All results as Markdown."""
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        "# kittybuild and mergekit 0.1.5, element by element",
+        "",
+        f"Written by `make parity`. kittybuild {__version__} (torch {torch.__version__}) against {used}.",
+        "What counts as equal is said in `parity.py`. Equal: elements with the same bits.",
+        "",
+        "| models | case | tensors | elements | equal | largest difference | beyond, excused | verdict |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in results:
+        share = f"{100 * r.equal / r.elements:.2f} %"
+        verdict = "; ".join(("FAIL", *r.problems[:4])) if r.problems else "ok"
+        row = (r.dtype, r.name, str(r.tensors), str(r.elements), share, r.largest, str(r.excused), verdict)
+        lines.append(f"| {' | '.join(row)} |")
+    failed = sum(bool(r.problems) for r in results)
+    lines += ["", f"{len(results)} cases, {failed} failed." if failed else f"{len(results)} cases, none failed."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
