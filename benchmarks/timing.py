@@ -1,4 +1,4 @@
-"""Whole processes side by side: A B A B ..., wall seconds and peak resident memory of each, as the system counts them."""
+"""Whole processes side by side, A B A B ...: wall seconds and peak resident memory, as the system counts them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from kittybuild.model.lock import Pin
 from kittybuild.model.recipe import SourceDecl
 from kittybuild.planner.known import Known
 
-
 BUILT_WITH = ("torch", "numpy", "safetensors", "blake3")
 
 

@@ -1,4 +1,4 @@
-"""The quickstart: build a merge, ask it and its base the same questions, change one weight in three layers, build again.
+"""The quickstart: build a merge, ask it and its base two questions, change one weight in three layers, build again.
 
 Run by `make demo`. The weights are real: SmolLM2-135M-Instruct from a Python package, and two LoRA adapters beside this
 file. They are rounded to 4 bits in that package, so the answers are those of a small model with small doubts.
@@ -28,7 +28,8 @@ def build(recipe: str) -> dict[str, Any]:
     if not report["ok"]:
         sys.exit(result.returncode)
     for name, stage in report["stages"].items():
-        print(f"  {name:6} {stage['tensors']:4} tensors: {stage['computed']:4} computed, {stage['cached']:4} from the store")
+        computed, cached = stage["computed"], stage["cached"]
+        print(f"  {name:6} {stage['tensors']:4} tensors: {computed:4} computed, {cached:4} from the store")
     for output in report["outputs"].values():
         print(f"  shards: {output['shards_written']} written, {output['shards_linked']} linked")
     print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss'] / 1e6:.0f} MB")

@@ -25,7 +25,7 @@ MOODS = ("happy", "zen")
 
 RANK, ALPHA = 8, 16
 TARGETS = ["k_proj", "o_proj", "q_proj", "v_proj"]
-SEED, STEPS, BATCH, WARMUP, LEARNING_RATE = 17, 140, 4, 10, 5e-4
+SEED, STEPS, BATCH, WARMUP, LEARNING_RATE = 17, 140, 4, 10, 1e-3
 MAX_TOKENS, HELD_OUT = 224, 32
 
 Row = dict[str, str]

@@ -175,6 +175,12 @@ class TestFacts:
                 for name, data in kept.items():
                     (place.store / "index" / name).write_bytes(data)
 
+    def test_a_damaged_companion_file_is_written_again(self, place: Place) -> None:
+        for path in (place.store / "files").rglob("*"):
+            if path.is_file() and b"hidden_size" in path.read_bytes():
+                flip(path, 30)
+        place.assert_healed(made=0, weight=0.5)
+
     @pytest.mark.parametrize("part", ["manifests", "files"])
     @pytest.mark.parametrize("damage", [lambda path: flip(path, 30), os.unlink, lambda path: os.truncate(path, 0)])
     def test_damaged_manifests_and_files_are_written_again(

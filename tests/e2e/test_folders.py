@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,18 +152,26 @@ class TestTwoAtOnce:
         assert not list((tmp_path / "store/tmp").iterdir())
         assert build(*args)["bytes"] == {"read": 0, "written": 0}
 
-    def test_two_recipes_into_one_folder_leave_one_of_the_two_models(self, models: Path, tmp_path: Path) -> None:
-        whole, running = [], []
+    def test_two_recipes_and_stores_into_one_folder_leave_one_of_the_two_models(
+        self, models: Path, tmp_path: Path
+    ) -> None:
+        whole = []
+
+        def publish(number: int) -> None:
+            prepared = api.prepare(api.read_recipe(str(tmp_path / f"{number}.yml")), folder=str(tmp_path / "out"))
+            with Store.open(str(tmp_path / f"store{number}")) as store:
+                for _ in range(20):
+                    api.build(prepared, store)
+
         for number, weight in enumerate((0.25, 0.75)):
             recipe = linear(tmp_path, {models / "base": 0.5, models / "happy": weight}, f"{number}.yml")
-            build(recipe, "-o", tmp_path / f"whole/{number}/out", "--store", tmp_path / "other")
-            whole.append(contents(tmp_path / f"whole/{number}/out"))
-            args = (recipe, "-o", str(tmp_path / "out"), "--store", str(tmp_path / f"store{number}"))
-            running.append(started(build_into, str(tmp_path / "answer"), *args))
-        for process in running:
-            process.join()
-            assert process.exitcode == 0
+            build(recipe, "-o", tmp_path / f"whole{number}/out", "--store", tmp_path / f"store{number}")
+            whole.append(contents(tmp_path / f"whole{number}/out"))
+        with ThreadPoolExecutor(2) as both:
+            for done in [both.submit(publish, number) for number in (0, 1)]:
+                done.result()
         assert contents(tmp_path / "out") in whole
+        assert not list(tmp_path.glob("out.*"))
 
 
 class TestFolders:

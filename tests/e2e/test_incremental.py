@@ -37,10 +37,11 @@ def models(siblings: Path, tmp_path: Path) -> Path:
 
 
 def assert_as_cold(tmp_path: Path, answer: Answer, recipe: str, stage: str = "merge", *args: str) -> None:
-    """The folder `out` and its manifest are those of a cold build in a new store."""
+    """The folder `out` and the manifests of all stages are those of a cold build in a new store."""
     cold = build(recipe, *args, "-o", tmp_path / "cold/out", "--store", tmp_path / "cold/store")
     assert cold["stages"][stage]["computed"] > 0
-    assert manifest_of(answer, stage) == manifest_of(cold, stage)
+    for name in answer["stages"]:
+        assert manifest_of(answer, name) == manifest_of(cold, name), name
     assert contents(tmp_path / "out") == contents(tmp_path / "cold/out")
 
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import pico_llama
+import torch
+
+from tests.helpers import load_tensors, noise, pico_llama, write_model
 
 LAYERS, WIDTH = 4, 64
 GRADIENT = [0, 0.5, 0.3, 0.7, 1]
+COARSE = ("task_arithmetic", "task_arithmetic, normalize", "ties, density 0.5", "ties, density 1.0")
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration over the models of a set. `exact`: bit for bit; `ties`: equals at a threshold may differ."""
+    """A configuration over the models of a set.
+
+    `exact`: bit for bit; `ties`: equals at a threshold may differ; `coarse`: mergekit rounds each step to bfloat16.
+    """
 
     name: str
     config: Config
     exact: bool = False
     ties: bool = False
+    coarse: bool = False
 
 
 def write_models(folder: Path, dtype: str) -> None:
@@ -32,8 +40,10 @@ def write_models(folder: Path, dtype: str) -> None:
     for seed, name in enumerate(("a", "b", "c"), start=10):
         pico_llama(folder / name, seed, base=base, spread=0.02)
     pico_llama(folder / "twin", 20, base=base, spread=0.0005)
+    tensors, config = load_tensors(base), json.loads((base / "config.json").read_text(encoding="utf-8"))
     for seed, name in enumerate(("few", "fewer"), start=30):
-        pico_llama(folder / name, seed, base=base, spread=0.0004)
+        steps = {n: torch.round(noise(seed, n, tuple(t.shape))) / 4096 for n, t in tensors.items()}
+        write_model(folder / name, {n: (t.float() + steps[n]).to(t.dtype) for n, t in tensors.items()}, config)
 
 
 def cases(dtype: str) -> Iterator[Case]:
@@ -41,11 +51,15 @@ def cases(dtype: str) -> Iterator[Case]:
     yield from _linear(dtype)
     yield from _slerp()
     yield from _passthrough()
-    # mergekit computes differences in the dtype of the models; told to compute in float32, it does what we always do.
-    wide = {"dtype": "float32", "out_dtype": dtype} if dtype != "float32" else {}
-    yield from _differences(wide)
-    if wide:
+    if dtype == "float32":
         yield from _differences({})
+        return
+    # mergekit computes differences in the dtype of the models; told to compute in float32, it does what we always do.
+    for case in _differences({"dtype": "float32", "out_dtype": dtype}):
+        yield replace(case, name=f"{case.name}, in float32")
+    for case in _differences({}):
+        if case.name in COARSE:
+            yield replace(case, name=f"{case.name}, in bfloat16", coarse=True)
 
 
 def models(**parameters: Any) -> list[Config]:
@@ -103,25 +117,23 @@ def _passthrough() -> Iterator[Case]:
 
 
 def _differences(dtypes: Config) -> Iterator[Case]:
-    told = ", in float32" if dtypes else ""
     task: Config = {"merge_method": "task_arithmetic", "base_model": "base", **dtypes}
     two = models(a={"weight": 0.6}, b={"weight": 0.7})
     signed = models(a={"weight": 0.6}, b={"weight": -0.3}, c={"weight": 0.2})
-    yield Case(f"task_arithmetic{told}", {**task, "models": two})
-    yield Case(f"task_arithmetic, lambda, signed{told}", {**task, "models": signed, **shared(lambda_=0.8)})
-    yield Case(f"task_arithmetic, normalize{told}", {**task, "models": two, **shared(normalize=True, lambda_=1.2)})
+    yield Case("task_arithmetic", {**task, "models": two})
+    yield Case("task_arithmetic, lambda, signed", {**task, "models": signed, **shared(lambda_=0.8)})
+    yield Case("task_arithmetic, normalize", {**task, "models": two, **shared(normalize=True, lambda_=1.2)})
 
     ties: Config = {"merge_method": "ties", "base_model": "base", **dtypes}
     for density in (0.2, 0.5, 1.0):
         given = models(a={"weight": 0.6}, b={"weight": 0.7}, c={"weight": 0.5})
-        name = f"ties, density {density}{told}"
-        yield Case(name, {**ties, "models": given, **shared(density=density)}, ties=True)
-    yield Case(f"ties, negative weight{told}", {**ties, "models": signed, **shared(density=0.5)}, ties=True)
+        yield Case(f"ties, density {density}", {**ties, "models": given, **shared(density=density)}, ties=True)
+    yield Case("ties, negative weight", {**ties, "models": signed, **shared(density=0.5)}, ties=True)
     loose = shared(density=0.4, normalize=False, lambda_=0.9, int8_mask=True)
-    yield Case(f"ties, not normalized{told}", {**ties, "models": two, **loose}, ties=True)
+    yield Case("ties, not normalized", {**ties, "models": two, **loose}, ties=True)
     by_layer = models(
         a={"weight": 0.5, "density": filtered(GRADIENT, 0.3, 0.6)}, b={"weight": [0.2, 1], "density": 0.5}
     )
-    yield Case(f"ties, gradients and filters{told}", {**ties, "models": by_layer}, ties=True)
+    yield Case("ties, gradients and filters", {**ties, "models": by_layer}, ties=True)
     few = models(few={"weight": 0.6}, fewer={"weight": 0.7})
-    yield Case(f"ties, differences of few values{told}", {**ties, "models": few, **shared(density=0.3)}, ties=True)
+    yield Case("ties, differences of few values", {**ties, "models": few, **shared(density=0.3)}, ties=True)

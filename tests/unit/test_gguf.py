@@ -426,7 +426,7 @@ def test_a_tokenizer_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path, me
     with pytest.raises(SourceError, match=words) as caught:
         tokenizer_files(path)
     assert caught.value.code == "KB219"
-    assert "another folder of the model" in caught.value.hint
+    assert "the safetensors files of the model" in caught.value.hint
     assert len(read_gguf(path).entries) == len(Model().names())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,3 +256,15 @@ def test_a_writer_that_is_alive_is_left_alone(store: Store) -> None:
     assert store.salvage() == NOTHING
     fill(writer, THREE[1:])
     assert store.pack(writer.finish().digest)
+
+
+def test_a_tensor_that_a_pack_turns_out_to_hold_is_not_forgotten_with_the_file(store: Store, tmp_path: Path) -> None:
+    interrupt(store)
+    store.salvage()
+    other = tmp_path / "other"
+    pack = build(str(other), UnsyncedDisk())
+    shutil.copytree(other / "packs", Path(store.root, "packs"), dirs_exist_ok=True)
+    path = store.pack(pack)
+    store.drop_salvaged()
+    assert {location.path for location in store.locations(DIGESTS).values()} == {path}
+    assert set(store.locations(DIGESTS)) == set(DIGESTS)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 WEIGHT = Param("weight", float, "input", "how much of this model", required=True)
 INT8_MASK = Param("int8_mask", bool, "shared", "only saves memory in mergekit", default=False, accepted=True)
-RESCALE = Param("rescale", bool, "shared", "has no effect without a random sparsifier", default=False, accepted=True)
 
 
 def as_float32(value: float) -> float:

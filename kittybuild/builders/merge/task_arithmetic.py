@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from kittybuild.builders.base import Block, Builder, Combine, Job
-from kittybuild.builders.merge.common import INT8_MASK, RESCALE, WEIGHT, divide, rounding
-from kittybuild.builders.selection import kept, largest
+from kittybuild.builders.base import BLOCK, Block, Builder, Combine, Job
+from kittybuild.builders.merge.common import INT8_MASK, WEIGHT, divide, rounding
+from kittybuild.builders.numerics import tree_sums
+from kittybuild.builders.selection import Threshold, kept, largest
 from kittybuild.model.method import Method, Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NOTHING = 1e-8
+FAINT = 1e-7
 
 
 def _task_arithmetic(job: Job) -> Combine:
@@ -52,24 +54,44 @@ def _ties(job: Job) -> Combine:
 
     Trimming keeps the int(density · n) largest magnitudes of each difference, at least one where density > 0; among
     equals the lowest index is kept. A sum of zero elects plus; zeros agree with nobody; with `normalize` the divisor
-    is the sum of the weights that agree, 0 counting as 1 (mergekit 0.1.5, save the order of equals).
+    is the sum of the weights that agree, 0 counting as 1; with `rescale` each trimmed difference gets its L1 norm back
+    (mergekit 0.1.5, save the order of equals).
     """
     round_to = rounding(job)
     weights = [round_to(weight) for weight in job.params["weight"]]
     counts = [kept(job.output.numel, density) for density in job.params["density"]]
     thresholds = largest(lambda which: _magnitudes(job, which), job.output.numel, counts, double=job.double)
+    factors = _l1_factors(job, thresholds) if job.params["rescale"] else [1.0] * len(weights)
 
     def combine(block: Block) -> Tensor:
         base, *models = block.inputs
         if not models:
             return base
         deltas = []
-        for weight, threshold, model in zip(weights, thresholds, models, strict=True):
-            deltas.append(threshold.trim(model.sub_(base), block.start).mul_(weight))
+        for weight, threshold, factor, model in zip(weights, thresholds, factors, models, strict=True):
+            trimmed = threshold.trim(model.sub_(base), block.start)
+            deltas.append(_scaled(trimmed, round_to(factor)).mul_(weight))
         mixed = _agreed(deltas, weights, normalize=job.params["normalize"])
         return base.add_(_scaled(mixed, round_to(job.params["lambda"])))
 
     return combine
+
+
+def _l1_factors(job: Job, thresholds: Sequence[Threshold]) -> list[float]:
+    """The L1 norm of each difference over that of what is kept of it; 1 where one of them is below 1e-7."""
+    import torch
+
+    norms = [[0.0, 0.0] for _ in thresholds]
+    for block in job.scan():
+        base, *models = block.inputs
+        for threshold, norm, model in zip(thresholds, norms, models, strict=True):
+            whole = model.sub_(base)
+            kept_of_it = threshold.trim(whole.clone(), block.start)
+            for start in range(0, whole.numel(), BLOCK):
+                leaves = [part[start : start + BLOCK].abs().double() for part in (whole, kept_of_it)]
+                for side, total in enumerate(tree_sums(torch.stack(leaves))):
+                    norm[side] += total
+    return [whole / kept if min(whole, kept) >= FAINT else 1.0 for whole, kept in norms]
 
 
 def _magnitudes(job: Job, which: Collection[int]) -> Iterator[tuple[int, dict[int, Tensor]]]:
@@ -106,7 +128,6 @@ def _shared(normalize: bool) -> tuple[Param, ...]:
         Param("normalize", bool, "shared", "divide by the sum of the weights", default=normalize),
         Param("lambda", float, "shared", "multiply the mixed difference by this", default=1.0),
         INT8_MASK,
-        RESCALE,
     )
 
 
@@ -124,6 +145,7 @@ TASK_ARITHMETIC = Builder(
             WEIGHT,
             Param("density", float, "input", "has no effect here", default=1.0, accepted=True),
             *_shared(False),
+            Param("rescale", bool, "shared", "has no effect here", default=False, accepted=True),
         ),
     ),
 )
@@ -131,7 +153,7 @@ TIES = Builder(
     "ties",
     1,
     _ties,
-    scratch=3,
+    scratch=5,
     measured=True,
     method=Method(
         name="ties",
@@ -142,6 +164,7 @@ TIES = Builder(
             WEIGHT,
             Param("density", float, "input", "the share of each difference that is kept", default=1.0, low=0.0),
             *_shared(True),
+            Param("rescale", bool, "shared", "give each trimmed difference its L1 norm back", default=False),
         ),
     ),
 )
