@@ -115,3 +115,12 @@ def drawn(seed: str, *shape: int, dtype: torch.dtype = torch.float32, scale: flo
 def bits(tensor: Tensor) -> bytes:
     """The raw bytes of a tensor."""
     return bytes(Memory.of(tensor).data)
+
+
+def halved(values: list[float]) -> float:
+    """A tree sum by its definition: fill with zeros to a power of two, add the second half to the first, again and again."""
+    values = values + [0.0] * ((1 << max(0, len(values) - 1).bit_length()) - len(values))
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]
+    return values[0] if values else 0.0

@@ -131,9 +131,12 @@ def _differences(dtypes: Config) -> Iterator[Case]:
     yield Case("ties, negative weight", {**ties, "models": signed, **shared(density=0.5)}, ties=True)
     loose = shared(density=0.4, normalize=False, lambda_=0.9, int8_mask=True)
     yield Case("ties, not normalized", {**ties, "models": two, **loose}, ties=True)
+    yield Case("ties, rescaled", {**ties, "models": two, **shared(density=0.3, rescale=True)}, ties=True)
     by_layer = models(
         a={"weight": 0.5, "density": filtered(GRADIENT, 0.3, 0.6)}, b={"weight": [0.2, 1], "density": 0.5}
     )
     yield Case("ties, gradients and filters", {**ties, "models": by_layer}, ties=True)
     few = models(few={"weight": 0.6}, fewer={"weight": 0.7})
     yield Case("ties, differences of few values", {**ties, "models": few, **shared(density=0.3)}, ties=True)
+    one = {**ties, "models": few[:1], **shared(density=0.3)}
+    yield Case("ties, one model of few values", one, ties=True)

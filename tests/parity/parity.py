@@ -11,7 +11,8 @@ mergekit is run as a program in an environment of its own. What counts as equal:
   |base| + 4 * (the largest difference of a model from it), which is what a handful of such roundings makes;
 - TIES: an element may differ beyond that where the difference of one of the models is exactly as large as the smallest
   one kept (which of the equals are kept is unspecified in mergekit), or where the signed sum of the differences is zero
-  but for rounding (then a rounding elects the sign). Such elements are counted; any other is a failure.
+  but for rounding (then a rounding elects the sign). Such elements are counted; any other is a failure. With one model,
+  as many elements must change as in mergekit.
 """
 
 from __future__ import annotations
@@ -134,6 +135,10 @@ def compared(case: Case, dtype: str, models: Path, ours: Path, other: Path) -> R
             beyond &= (x.float() - y.float()).abs() > coarseness(case, name, models)
         allowed = excuses(case, name, models) if case.ties and bool(beyond.any()) else torch.zeros_like(beyond)
         excused += int((beyond & allowed).sum())
+        if case.ties and len(case.config["models"]) == 1:
+            changed = [int((t.float() != tensor_of(models, "base", name)).sum()) for t in (x, y)]
+            if changed[0] != changed[1]:
+                problems.append(f"{name}: {changed[0]} elements change, {changed[1]} do in mergekit")
         if bool((beyond & ~allowed).any()):
             problems.append(f"{name}: {int((beyond & ~allowed).sum())} elements")
         largest = max(largest, measure(x[~beyond], y[~beyond]))

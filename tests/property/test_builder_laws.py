@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kittybuild.builders.base import BLOCK
 from kittybuild.errors import BuildError
-from tests.jobs import bits, drawn, make
+from tests.jobs import bits, drawn, halved, make
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((), (0,), (1,), (3, 0, 2), (2, 3), (40,), (5, 7))
@@ -67,12 +67,21 @@ def trimmed(delta: np.ndarray, density: float) -> np.ndarray:
     return result.reshape(delta.shape)
 
 
+def l1_factor(whole: np.ndarray, part: np.ndarray) -> float:
+    norms = [halved(abs(x).astype(np.float64).ravel().tolist()) for x in (whole, part)]
+    return norms[0] / norms[1] if min(norms) >= 1e-7 else 1.0
+
+
 def ties(xs: list[np.ndarray], p: Mapping[str, Any]) -> np.ndarray:
     base, *models = xs
     if not models:
         return base
     weights = in_dtype(p["weight"], base)
-    deltas = [trimmed(x - base, d) * w for x, d, w in zip(models, p["density"], weights, strict=True)]
+    deltas = [x - base for x in models]
+    kept = [trimmed(delta, density) for delta, density in zip(deltas, p["density"], strict=True)]
+    if p["rescale"]:
+        kept = [part * base.dtype.type(l1_factor(x, part)) for x, part in zip(deltas, kept, strict=True)]
+    deltas = [part * weight for part, weight in zip(kept, weights, strict=True)]
     sign = np.where(summed(deltas) >= 0, 1, -1).astype(base.dtype)
     agrees = [np.sign(delta) == sign for delta in deltas]
     mixed = summed([np.where(yes, delta, 0) for yes, delta in zip(agrees, deltas, strict=True)])
@@ -118,7 +127,7 @@ def params_of(builder: str, count: int, draw: st.DrawFn) -> dict[str, Any]:
     if builder in ("task_arithmetic", "ties"):
         density = [draw(st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.9, 1.0])) for _ in range(based)]
         plain = {"weight": weights, "normalize": draw(st.booleans()), "lambda": draw(number)}
-        return {**plain, "density": density} if builder == "ties" else plain
+        return {**plain, "density": density, "rescale": draw(st.booleans())} if builder == "ties" else plain
     return {"scale": weights[:1]} if builder == "passthrough" else {}
 
 
@@ -207,7 +216,7 @@ LONG_PARAMS: Mapping[str, tuple[int, dict[str, Any]]] = {
     "linear": (3, {"weight": [0.3, 0.5, -0.1], "normalize": True}),
     "slerp": (2, {"t": 0.3}),
     "task_arithmetic": (3, {"weight": [0.7, 0.4], "normalize": True, "lambda": 0.9}),
-    "ties": (3, {"weight": [0.7, 0.4], "density": [0.3, 0.6], "normalize": True, "lambda": 1.0}),
+    "ties": (3, {"weight": [0.7, 0.4], "density": [0.3, 0.6], "normalize": True, "rescale": True, "lambda": 1.0}),
     "passthrough": (1, {"scale": [0.3]}),
     "cast": (1, {}),
 }
@@ -224,16 +233,17 @@ def test_the_block_size_changes_nothing(builder: str, dtype: torch.dtype) -> Non
 
 def test_ties_with_equals_across_blocks_keeps_the_first() -> None:
     base, model = torch.zeros(LONG), torch.ones(LONG)
-    params = {"weight": [1.0], "density": [0.7], "normalize": False, "lambda": 1.0}
+    params = {"weight": [1.0], "density": [0.7], "normalize": False, "rescale": False, "lambda": 1.0}
     for blocks in (1, 2, 4):
         found = make("ties", [base, model], params, blocks=blocks).tensor
         assert int(found.sum()) == int(0.7 * LONG)
         assert found[: int(0.7 * LONG)].all()
 
 
-def test_a_tensor_of_many_blocks_is_read_once_more_than_written() -> None:
+def test_how_often_inputs_are_read() -> None:
     inputs = [drawn(f"long {index}", LONG) for index in range(3)]
-    assert make("ties", inputs, LONG_PARAMS["ties"][1], blocks=1).read == [2 * 4 * LONG] * 3
+    assert make("ties", inputs, LONG_PARAMS["ties"][1], blocks=1).read == [3 * 4 * LONG] * 3
+    assert make("ties", inputs, {**LONG_PARAMS["ties"][1], "rescale": False}, blocks=1).read == [2 * 4 * LONG] * 3
     dense = {**LONG_PARAMS["ties"][1], "density": [1.0, 1.0]}
     assert make("ties", inputs, dense, blocks=1).read == [4 * LONG] * 3
     assert make("linear", inputs, LONG_PARAMS["linear"][1], blocks=1).read == [4 * LONG] * 3

@@ -63,7 +63,8 @@ class TestModels:
         """
         made = step(planned(tmp_path, ABBASE, text), Q0)
         assert sources(made) == ["base", "b", "a"]
-        assert made.params == {"weight": [0.2, 0.1], "density": [0.5, 1.0], "normalize": True, "lambda": 1.0}
+        shared = {"normalize": True, "lambda": 1.0, "rescale": False}
+        assert made.params == {"weight": [0.2, 0.1], "density": [0.5, 1.0], **shared}
 
     def test_the_base_is_where_slerp_begins(self, tmp_path: Path) -> None:
         text = "merge_method: slerp\nbase_model: b\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.25}"

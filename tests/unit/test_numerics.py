@@ -26,21 +26,12 @@ from kittybuild.builders.numerics import (
     rounded,
     tree_sums,
 )
-from tests.jobs import bits, drawn
+from tests.jobs import bits, drawn, halved
 
 SHORT = (torch.float16, torch.bfloat16)
 
 
 # ---- sums
-
-
-def halved(values: list[float]) -> float:
-    """The definition: fill with zeros to a power of two, add the second half to the first, again and again."""
-    values = values + [0.0] * ((1 << max(0, len(values) - 1).bit_length()) - len(values))
-    while len(values) > 1:
-        half = len(values) // 2
-        values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]
-    return values[0] if values else 0.0
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 9, 1000, 1023, 1024, 1025, 65_535, 65_536])

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from kittybuild.builders.base import BLOCK, Block, Builder, Combine, Job
 from kittybuild.builders.merge.common import INT8_MASK, WEIGHT, divide, rounding
 from kittybuild.builders.numerics import tree_sums
-from kittybuild.builders.selection import Threshold, kept, largest
+from kittybuild.builders.selection import EVERYTHING, NOTHING, Threshold, kept, largest
 from kittybuild.model.method import Method, Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOTHING = 1e-8
+ZERO = 1e-8
 FAINT = 1e-7
 
 
@@ -28,7 +28,7 @@ def _task_arithmetic(job: Job) -> Combine:
     total = 0.0
     for weight in weights:
         total = round_to(total + weight)
-    total = 1.0 if abs(total) < NOTHING else total
+    total = 1.0 if abs(total) < ZERO else total
 
     def combine(block: Block) -> Tensor:
         base, *models = block.inputs
@@ -79,19 +79,16 @@ def _ties(job: Job) -> Combine:
 
 def _l1_factors(job: Job, thresholds: Sequence[Threshold]) -> list[float]:
     """The L1 norm of each difference over that of what is kept of it; 1 where one of them is below 1e-7."""
-    import torch
-
-    norms = [[0.0, 0.0] for _ in thresholds]
-    for block in job.scan():
+    norms = {i: [0.0, 0.0] for i, threshold in enumerate(thresholds) if threshold not in (EVERYTHING, NOTHING)}
+    for block in job.scan() if norms else ():
         base, *models = block.inputs
-        for threshold, norm, model in zip(thresholds, norms, models, strict=True):
-            whole = model.sub_(base)
-            kept_of_it = threshold.trim(whole.clone(), block.start)
-            for start in range(0, whole.numel(), BLOCK):
-                leaves = [part[start : start + BLOCK].abs().double() for part in (whole, kept_of_it)]
-                for side, total in enumerate(tree_sums(torch.stack(leaves))):
-                    norm[side] += total
-    return [whole / kept if min(whole, kept) >= FAINT else 1.0 for whole, kept in norms]
+        for index, norm in norms.items():
+            whole = models[index].sub_(base)
+            for side, part in enumerate((whole, thresholds[index].trim(whole.clone(), block.start))):
+                for start in range(0, part.numel(), BLOCK):
+                    norm[side] += tree_sums(part[start : start + BLOCK].abs().double()[None])[0]
+    factors = {i: whole / trimmed if min(whole, trimmed) >= FAINT else 1.0 for i, (whole, trimmed) in norms.items()}
+    return [factors.get(index, 1.0) for index in range(len(thresholds))]
 
 
 def _magnitudes(job: Job, which: Collection[int]) -> Iterator[tuple[int, dict[int, Tensor]]]:

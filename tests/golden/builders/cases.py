@@ -82,13 +82,15 @@ def _differences() -> Iterator[Case]:
     yield Case("task_arithmetic", "float32, signed", siblings(3, F32), signed)
     yield Case("task_arithmetic", "float64", siblings(3, F64), plain)
     yield Case("task_arithmetic", "extremes", extremes(3), signed)
-    trimmed: dict[str, Any] = {**plain, "density": [0.2, 0.7]}
+    plain, signed = {**plain, "rescale": False}, {**signed, "rescale": False}
+    trimmed = {**plain, "density": [0.2, 0.7]}
     yield Case("ties", "bfloat16", siblings(3, BF16), trimmed)
     yield Case("ties", "float16, whole", siblings(3, F16), {**trimmed, "density": [1.0, 1.0]})
     yield Case("ties", "float32, signed", siblings(3, F32), {**signed, "density": [0.5, 0.5]})
     yield Case("ties", "float64", siblings(3, F64), trimmed)
     yield Case("ties", "extremes", extremes(3), {**signed, "normalize": True, "density": [0.4, 0.0]})
-    one = {"weight": [0.9], "normalize": True, "lambda": 0.5, "density": [0.31]}
+    yield Case("ties", "bfloat16, rescaled", siblings(3, BF16), {**trimmed, "rescale": True})
+    one = {**plain, "weight": [0.9], "lambda": 0.5, "density": [0.31]}
     yield Case("ties", "one model of few values", tuple((t * 4).round() for t in siblings(2, F32)), one)
 
 
