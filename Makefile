@@ -43,8 +43,9 @@ types: venv  ## check types
 demo: $(VENV)/demo.stamp weights  ## build the quickstart's merge from real weights and look at it
 	$(BIN)/python recipes/quickstart/demo.py
 
-bench: venv  ## run the benchmarks
-	$(BIN)/python benchmarks/run.py
+bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and mergekit in turn (20 GB of disk)
+	$(BIN)/python -m benchmarks.cold_linear --mergekit $(MERGEKIT)
+	$(BIN)/python -m benchmarks.incremental
 
 parity: venv $(MERGEKIT)/stamp  ## compare merges with mergekit 0.1.5, element by element (10 minutes)
 	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md

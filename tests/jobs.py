@@ -118,7 +118,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def halved(values: list[float]) -> float:
-    """A tree sum by its definition: fill with zeros to a power of two, add the second half to the first, again and again."""
+    """A tree sum by its definition: filled with zeros to a power of two, the halves are added, again and again."""
     values = values + [0.0] * ((1 << max(0, len(values) - 1).bit_length()) - len(values))
     while len(values) > 1:
         half = len(values) // 2

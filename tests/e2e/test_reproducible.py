@@ -82,6 +82,7 @@ def test_workers_and_memory_change_no_bit(
     assert_same(build(recipe, "--store", tmp_path / "store", *limits), tmp_path / "store", expected)
 
 
+@pytest.mark.slow
 def test_processor_hash_seed_umask_and_place_change_no_bit(recipe: str, expected: Expected, tmp_path: Path) -> None:
     """Processes in which torch uses other instructions, and which differ in whatever else a process may differ."""
     variants: list[tuple[Mapping[str, str], Mapping[str, Any], tuple[str, ...]]] = [

@@ -116,6 +116,7 @@ def error_of(recipe: Path, place: Path, disk: Disk) -> StoreError | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "code"), [(Fault.EIO, "KB705"), (Fault.ENOSPC, "KB704")])
 def test_a_failure_at_any_operation_is_an_error_with_a_code(fault: Fault, code: str, before: Before) -> None:
     for n, name in enumerate(before.calls()):
@@ -131,6 +132,7 @@ def test_a_failure_at_any_operation_is_an_error_with_a_code(fault: Fault, code: 
         before.assert_recovers(f"{fault} at {n}: {name}")
 
 
+@pytest.mark.slow
 def test_death_at_any_operation(before: Before) -> None:
     for n, name in enumerate(before.calls()):
         disk = FaultyDisk(n, Fault.KILL)

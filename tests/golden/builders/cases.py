@@ -63,6 +63,10 @@ def _linear() -> Iterator[Case]:
     yield Case("linear", "float64, not normalized", siblings(2, F64), {"weight": [1.0, -1 / 3], "normalize": False})
     yield Case("linear", "mixed dtypes", (*siblings(2, BF16), siblings(3, F32)[2]), three)
     yield Case("linear", "extremes", extremes(3), {**three, "weight": [0.7, -0.2, 1.0]})
+    bad = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf"), 1.0]).repeat(33)
+    for dtype in (F32, BF16, F16):  # NaN from the inputs, of both signs, and NaN that arises
+        name = f"NaN to {str(dtype).removeprefix('torch.')}"
+        yield Case("linear", name, (bad, bad.flip(0)), {"weight": [0.5, 0.25], "normalize": True}, dtype)
 
 
 def _slerp() -> Iterator[Case]:
@@ -100,6 +104,8 @@ def _copies() -> Iterator[Case]:
     for dtype in (BF16, F16, torch.float8_e4m3fn, torch.float8_e5m2):
         yield Case("cast", f"float32 to {str(dtype).removeprefix('torch.')}", siblings(1, F32), {}, dtype)
     yield Case("cast", "bfloat16 to float64", siblings(1, BF16), {}, F64)
+    yield Case("cast", "float64 to bfloat16", siblings(1, F64), {}, BF16)
+    yield Case("cast", "float64 to float16", siblings(1, F64), {}, F16)
     yield Case("cast", "extremes to bfloat16", extremes(1), {}, BF16)
     integers = (drawn("integers", 1000) * 1e9).long()
     yield Case("same", "int64", (integers, integers), {})
@@ -129,13 +135,5 @@ def digests() -> dict[str, dict[str, str]]:
     return found
 
 
-def nan_digest() -> str:
-    """What becomes of NaN from the inputs, of both signs, and of NaN that arises."""
-    bad = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf"), 1.0]).repeat(33)
-    params = {"weight": [0.5, 0.25], "normalize": True}
-    made = [make("linear", (bad, bad.flip(0)), params, dtype=dtype).digest.hex for dtype in (F32, BF16, F16)]
-    return " ".join(made)
-
-
 if __name__ == "__main__":
-    print(json.dumps({"cases": digests(), "nan": nan_digest()}))
+    print(json.dumps(digests()))

