@@ -14,7 +14,7 @@ from kittybuild.recipe.yamltext import Document, Path
 
 
 class _Text(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)  # most texts need a few of the schemas
 
 
 LayerRange = Annotated[list[StrictInt], Field(min_length=2, max_length=2)]
