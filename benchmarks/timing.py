@@ -41,6 +41,7 @@ def in_turn(commands: Mapping[str, Callable[[], Run]], rounds: int) -> dict[str,
     results: dict[str, list[Run]] = {name: [] for name in commands}
     for number in range(rounds):
         for name, command in commands.items():
+            os.sync()  # nobody waits for what the one before left to be written
             results[name].append(command())
             last = results[name][-1]
             print(f"round {number + 1}: {name}: {last.wall:.1f} s, {last.peak / 1e6:.0f} MB", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 from types import MappingProxyType
@@ -10,6 +11,11 @@ import click
 
 from kittybuild import __version__
 
+_SELDOM = (
+    100_000,
+    10,
+    10,
+)  # what torch makes at its start is kept: looking through it again and again costs half a second
 _COMMANDS = MappingProxyType({"build": "build", "plan": "plan", "store": "store"})
 
 
@@ -41,3 +47,4 @@ class _Lazy(click.Group):
 @click.version_option(__version__, prog_name="kittybuild")
 def main() -> None:
     """Build merged checkpoints from recipes: only what changed is computed, and anyone can prove the result."""
+    gc.set_threshold(*_SELDOM)

@@ -14,8 +14,9 @@ from kittybuild.tensors import DType
 BASELINE = 256_000_000
 """What Python and torch themselves take; the budget for tensors is what `--memory` leaves above it."""
 LEAST = 32_000_000
-IN_CACHE = 3_000_000
-"""Bytes of a block with its temporaries that keep mostly to a core's own cache (measured: half or double is slower)."""
+IN_CACHE = 12_000_000
+"""Bytes of a block with its temporaries. Measured: with a quarter of it two workers wait for the interpreter's lock as
+long as they compute, with four times as much they wait for memory."""
 
 
 def streamed(builder: Builder, drv: Derivation) -> int:

@@ -35,7 +35,7 @@ from kittybuild.store.writer import PackWriter
 from kittybuild.tensors import TensorRef
 
 MOST_DAMAGED = 100
-FLUSH_EVERY = 128_000_000
+FLUSH_EVERY = 512_000_000
 OPEN_PACKS = 8
 
 

@@ -17,6 +17,7 @@ Buffer = bytes | bytearray | memoryview
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _BLOCK = 4 << 20
 _AT_FDCWD = -100
+_WRITE_OUT = 2  # SYNC_FILE_RANGE_WRITE of Linux
 _RENAME_EXCHANGE = 2  # Linux; RENAME_SWAP of macOS has the same value
 _READ_ONLY = 0o444
 
@@ -96,6 +97,12 @@ class Disk:
     def fdatasync(self, fd: int) -> None:
         """Return when the data are on the disk."""
         getattr(os, "fdatasync", os.fsync)(fd)
+
+    def start_writing(self, fd: int) -> None:
+        """Have the system begin to write the data out, and do not wait; no more than a hint, so it never fails."""
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "sync_file_range"):
+            libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE_OUT)
 
     def close(self, fd: int) -> None:
         """Close a file."""

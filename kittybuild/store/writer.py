@@ -126,14 +126,14 @@ class PackWriter:
             self._done[name] = entry
 
     def flush(self) -> None:
-        """Bring the data so far to the disk, so that `finish` has little left to do. Closed is fine."""
+        """Begin to write the data so far out, so that `finish` has little to wait for. Closed is fine."""
         with guarded("sync", self._part.path):
             with self._state:
                 if self._closed:
                     return
                 self._users += 1
             try:
-                self._sync(self._disk.fdatasync)
+                self._disk.start_writing(self._part.fd)
             finally:
                 self._leave()
 

@@ -27,7 +27,7 @@ SHAPES = ((), (0,), (1,), (3, 0, 2), (2, 3), (40,), (5, 7))
 
 def working(tensors: list[Tensor]) -> list[np.ndarray]:
     wide = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
-    return [t.to(wide).numpy() for t in tensors]
+    return [t.to(wide).reshape(-1).numpy() for t in tensors]
 
 
 def in_dtype(numbers: list[float], like: np.ndarray) -> list[Any]:
@@ -60,16 +60,15 @@ def task_arithmetic(xs: list[np.ndarray], p: Mapping[str, Any]) -> np.ndarray:
 
 
 def trimmed(delta: np.ndarray, density: float) -> np.ndarray:
-    flat = delta.reshape(-1)
-    count = min(flat.size, max(1, int(density * flat.size))) if density > 0 and flat.size else 0
-    result = np.zeros_like(flat)
-    keep = np.argsort(-abs(flat), kind="stable")[:count]
-    result[keep] = flat[keep]
-    return result.reshape(delta.shape)
+    count = min(delta.size, max(1, int(density * delta.size))) if density > 0 and delta.size else 0
+    result = np.zeros_like(delta)
+    keep = np.argsort(-abs(delta), kind="stable")[:count]
+    result[keep] = delta[keep]
+    return result
 
 
 def l1_factor(whole: np.ndarray, part: np.ndarray) -> float:
-    norms = [halved(abs(x).astype(np.float64).ravel().tolist()) for x in (whole, part)]
+    norms = [halved(abs(x).astype(np.float64).tolist()) for x in (whole, part)]
     return norms[0] / norms[1] if min(norms) >= 1e-7 else 1.0
 
 
@@ -160,8 +159,19 @@ def assert_equal(found: Tensor, wanted: Tensor) -> None:
 def test_a_builder_is_its_formula_in_single_steps(case: Case, dtype: torch.dtype | None) -> None:
     dtype = dtype or case.inputs[0].dtype
     with np.errstate(all="ignore"):
-        wanted = torch.from_numpy(np.asarray(FORMULAS[case.builder](working(case.inputs), case.params)))
-    assert_equal(case.made(dtype=dtype), rounded(wanted, dtype))
+        wanted = torch.from_numpy(FORMULAS[case.builder](working(case.inputs), case.params))
+    assert_equal(case.made(dtype=dtype).reshape(-1), rounded(wanted, dtype))
+
+
+@pytest.mark.parametrize("builder", ["linear", "task_arithmetic"])
+def test_the_sum_of_the_weights_is_rounded_at_each_step(builder: str) -> None:
+    weights = [0.1, 0.2, 0.4]
+    single = [np.float32(weight) for weight in weights]
+    assert summed(single) not in (np.float32(sum(weights)), np.float32(sum(map(float, single))))
+    models = [drawn(f"sum {index}", 500) for index in range(len(weights) + (builder != "linear"))]
+    params = {"weight": weights, "normalize": True, "lambda": 1.0}
+    wanted = FORMULAS[builder](working(models), params)
+    assert_equal(make(builder, models, params).tensor, torch.from_numpy(wanted))
 
 
 # ---- slerp, whose factors have no single steps
@@ -198,6 +208,24 @@ def test_slerp_of_swapped_models_is_slerp_from_the_other_end(
 ) -> None:
     a, b = drawn("a", *shape, dtype=dtype), drawn("b", *shape, dtype=dtype)
     assert bits(make("slerp", [a, b], {"t": t}).tensor) == bits(make("slerp", [b, a], {"t": 1 - t}).tensor)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("spread", "parallel"), [(0.0306, True), (0.0326, False)])
+def test_slerp_is_linear_where_the_cosine_is_beyond_its_limit(spread: float, sign: int, parallel: bool) -> None:
+    base = drawn("narrow", 4000, dtype=torch.float64)
+    aside = drawn("aside", 4000, dtype=torch.float64)
+    aside -= base * ((aside @ base) / (base @ base))
+    other = (sign * (base + aside * (spread * base.norm() / aside.norm()))).float()
+    base = base.float()
+    cosine = torch.nn.functional.cosine_similarity(base.double(), other.double(), dim=0)
+    assert (abs(float(cosine)) > 0.9995) == parallel
+    straight = base * 0.7 + other * torch.tensor(0.3)
+    found = make("slerp", [base, other], {"t": 0.3}).tensor
+    assert torch.equal(found, straight) == parallel
+    wanted = torch.from_numpy(slerp(base.numpy(), other.numpy(), 0.3))
+    factor = 1 if sign == 1 else 1 / 0.03  # between opposites, what is added is so many times larger
+    assert ((found - wanted).abs() <= 2.0**-22 * factor * (base.abs() + other.abs())).all()
 
 
 @given(st.integers(0, 40), st.sampled_from(FLOATS))

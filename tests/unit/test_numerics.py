@@ -204,6 +204,14 @@ def test_slices_hold_small_integers_and_add_up() -> None:
         assert float(whole.abs().max()) <= 2**25
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_slicing_leaves_the_matrix_alone(dtype: torch.dtype) -> None:
+    matrix = drawn("alone", 4, 4, dtype=dtype)
+    before = matrix.clone()
+    exact_slices(matrix, 4, rows=True)
+    assert torch.equal(matrix, before)
+
+
 @pytest.mark.parametrize("value", [0.0, 2.0**-149, 2.0**-126, (2 - 2.0**-23) * 2.0**127])
 @pytest.mark.parametrize("other", [0.0, 2.0**-149, 1.0, (2 - 2.0**-23) * 2.0**127])
 def test_zero_smallest_and_largest_factors(value: float, other: float) -> None:

@@ -290,18 +290,20 @@ class TestPacks:
 
     def test_a_failed_sync_stays_failed(self, root: str) -> None:
         class Once(UnsyncedDisk):
-            failed = False
+            broken = False
 
-            def fdatasync(self, fd: int) -> None:
-                if not self.failed:
-                    self.failed = True
+            def fsync(self, fd: int) -> None:
+                if self.broken:
+                    self.broken = False
                     raise OSError(errno.EIO, "Input/output error")
 
-        with Store.open(root, disk=Once()) as store, store.write_pack((s.name, s.spec) for s in THREE) as writer:
+        disk = Once()
+        with Store.open(root, disk=disk) as store, store.write_pack((s.name, s.spec) for s in THREE) as writer:
             fill(writer, THREE)
-            for _ in range(2):
-                with pytest.raises(StoreError, match="KB705: cannot sync"):
-                    writer.flush()
+            writer.flush()
+            disk.broken = True
+            with pytest.raises(StoreError, match="KB705: cannot finish: Input/output error"):
+                writer.finish()
             with pytest.raises(StoreError, match="KB705: cannot finish: an earlier sync failed"):
                 writer.finish()
 

@@ -150,7 +150,7 @@ TIES = Builder(
     "ties",
     1,
     _ties,
-    scratch=5,
+    scratch=4,
     measured=True,
     method=Method(
         name="ties",
