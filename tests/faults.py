@@ -149,11 +149,6 @@ class PowerCutDisk(Disk):
         self._contents[os.fstat(fd).st_ino] = os.pread(fd, os.fstat(fd).st_size, 0)
         self._passed()
 
-    def fdatasync(self, fd: int) -> None:
-        super().fdatasync(fd)
-        self._contents[os.fstat(fd).st_ino] = os.pread(fd, os.fstat(fd).st_size, 0)
-        self._passed()
-
     def sync_dir(self, path: str) -> None:
         super().sync_dir(path)
         self._names[os.path.abspath(path)] = _listed(path)
@@ -211,9 +206,6 @@ class UnsyncedDisk(Disk):
     """The real disk without its syncs, for tests that are not about them."""
 
     def fsync(self, fd: int) -> None:
-        pass
-
-    def fdatasync(self, fd: int) -> None:
         pass
 
     def sync_dir(self, path: str) -> None:

@@ -94,10 +94,6 @@ class Disk:
         """Return when data and metadata are on the disk."""
         os.fsync(fd)
 
-    def fdatasync(self, fd: int) -> None:
-        """Return when the data are on the disk."""
-        getattr(os, "fdatasync", os.fsync)(fd)
-
     def start_writing(self, fd: int) -> None:
         """Have the system begin to write the data out, and do not wait; no more than a hint, so it never fails."""
         libc = ctypes.CDLL(None)

@@ -204,7 +204,7 @@ class PackWriter:
     def _install(self, path: str, refs: Mapping[str, TensorRef]) -> None:
         with guarded("finish", self._part.path, self.layout.header_size), self._using() as fd:
             self._disk.pwrite(fd, self.layout.header(refs), 0)
-            self._sync(self._disk.fsync)
+            self._sync()
             self._disk.chmod(self._part.path, _READ_ONLY)
             self._disk.makedirs(os.path.dirname(path))
             self._name(path)
@@ -231,12 +231,12 @@ class PackWriter:
             self._disk.unlink(self._part.path)
             self._close()
 
-    def _sync(self, sync: Any) -> None:
+    def _sync(self) -> None:
         # After a failed sync the system may call the next one good although the data are lost: so it stays failed.
         if self._sync_failed:
             raise OSError(errno.EIO, "an earlier sync failed")
         try:
-            sync(self._part.fd)
+            self._disk.fsync(self._part.fd)
         except OSError:
             self._sync_failed = True
             raise

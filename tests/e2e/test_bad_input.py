@@ -40,16 +40,6 @@ def models(siblings: Path, tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-@pytest.fixture
-def recipe(models: Path, tmp_path: Path) -> str:
-    return linear(tmp_path, {models / "base": 0.5, models / "happy": 0.5})
-
-
-@pytest.fixture
-def args(recipe: str, tmp_path: Path) -> tuple[Any, ...]:
-    return recipe, "-o", tmp_path / "out", "--store", tmp_path / "store"
-
-
 def change(model: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     save_tensors(model / "model.safetensors", edit(load_tensors(model)))
 

@@ -32,16 +32,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def recipe(models: Path, tmp_path: Path) -> str:
-    return linear(tmp_path, {models / "base": 0.5, models / "happy": 0.5})
-
-
-@pytest.fixture
-def args(recipe: str, tmp_path: Path) -> tuple[Any, ...]:
-    return recipe, "-o", tmp_path / "out", "--store", tmp_path / "store"
-
-
 class FullDisk(Disk):
     """A disk with room for so many bytes of new files."""
 

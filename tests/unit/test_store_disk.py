@@ -128,7 +128,8 @@ def test_appending_goes_to_the_end(tmp_path: Path) -> None:
     for data in (b"one", b"two"):
         fd = Disk().open_append(path)
         Disk().append(fd, data)
-        Disk().fdatasync(fd)
+        Disk().start_writing(fd)
+        Disk().fsync(fd)
         Disk().close(fd)
     assert Path(path).read_bytes() == b"onetwo"
 
