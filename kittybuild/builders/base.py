@@ -1,7 +1,8 @@
 """What a builder is: a name, a version, and `prepare`, which may look at all blocks and returns a function of one.
 
 `prepare(job)` is the measuring pass; the function that it returns must give the same bits for every way of cutting the
-tensor into blocks. A block starts at a multiple of BLOCK elements and is a multiple of BLOCK long, but for the last.
+tensor into blocks. A block starts at a multiple of BLOCK elements and is a multiple of BLOCK long, but for the last;
+for a builder of rows, it is some whole rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kittybuild.model.derivation import KITTY_1, Derivation
 from kittybuild.model.method import Method
 from kittybuild.tensors import TensorSpec
 
@@ -63,6 +65,9 @@ class Builder:
 
     `streamed`: how many of the inputs come in blocks, None for all. `scratch`: temporaries of a block that `combine`
     holds beside its inputs, in working-dtype blocks (for the memory budget). `measured`: `prepare` scans the inputs.
+    `rows`: blocks are whole rows (of the last dimension) instead of whole leaves. `seeded`: the plan adds the recipe's
+    `seed` and the output's name (`tensor`) to the parameters. `numerics`: the class of arithmetic; in each class a
+    name stands for one builder.
     """
 
     name: str
@@ -71,30 +76,45 @@ class Builder:
     streamed: int | None = None
     scratch: int = 2
     measured: bool = False
+    rows: bool = False
+    seeded: bool = False
+    numerics: str = KITTY_1
     method: Method | None = None
 
 
 @dataclass(frozen=True)
 class Builders:
-    """Builders by name; an immutable value that plug-ins extend with `plus`."""
+    """Builders by class of arithmetic and name; an immutable value that plug-ins extend with `plus`."""
 
-    by_name: Mapping[str, Builder]
+    by_class: Mapping[tuple[str, str], Builder]
 
     @classmethod
     def of(cls, *builders: Builder) -> Builders:
-        """A registry of these; raises ValueError where two have one name."""
-        by_name = {builder.name: builder for builder in builders}
-        if len(by_name) != len(builders):
+        """A registry of these; raises ValueError where two of a class have one name."""
+        by_class = {(builder.numerics, builder.name): builder for builder in builders}
+        if len(by_class) != len(builders):
             raise ValueError("two builders have one name")
-        return cls(MappingProxyType(by_name))
+        return cls(MappingProxyType(by_class))
 
     def plus(self, *builders: Builder) -> Builders:
         """This registry with more builders."""
-        return Builders.of(*self.by_name.values(), *builders)
+        return Builders.of(*self.by_class.values(), *builders)
 
     def __getitem__(self, name: str) -> Builder:
-        return self.by_name[name]
+        return self.by_class[KITTY_1, name]
 
-    def methods(self) -> tuple[Method, ...]:
-        """The merge methods among them, in the order of declaration."""
-        return tuple(builder.method for builder in self.by_name.values() if builder.method)
+    def get(self, name: str, numerics: str) -> Builder | None:
+        """The builder of that name in a class of arithmetic."""
+        return self.by_class.get((numerics, name))
+
+    def behind(self, drv: Derivation) -> Builder:
+        """The builder that realises a derivation."""
+        return self.by_class[drv.numerics.partition(";")[0], drv.builder]
+
+    def classes(self) -> tuple[str, ...]:
+        """The classes of arithmetic, in the order of declaration."""
+        return tuple(dict.fromkeys(numerics for numerics, _ in self.by_class))
+
+    def methods(self, numerics: str = KITTY_1) -> tuple[Method, ...]:
+        """The merge methods of a class, in the order of declaration."""
+        return tuple(b.method for b in self.by_class.values() if b.method and b.numerics == numerics)

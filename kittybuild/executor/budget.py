@@ -33,8 +33,10 @@ def block_bytes(builder: Builder, drv: Derivation, elements: int) -> int:
 
 
 def block_elements(builder: Builder, drv: Derivation, share: int) -> int:
-    """Elements of a block: as many leaves as stay in cache and in a worker's share of the budget, at least one."""
-    return BLOCK * max(1, min(IN_CACHE, share) // max(1, block_bytes(builder, drv, BLOCK)))
+    """Elements of a block: as many leaves (or rows) as stay in cache and in a worker's share, at least one."""
+    shape = drv.output.shape
+    least = max(1, shape[-1] if len(shape) > 1 else drv.output.numel) if builder.rows else BLOCK
+    return least * max(1, min(IN_CACHE, share) // max(1, block_bytes(builder, drv, least)))
 
 
 def cost(builder: Builder, drv: Derivation, elements: int) -> int:

@@ -62,7 +62,7 @@ class Realiser:
         """The bytes of memory that making a tensor takes, with what must be made in memory for it."""
         own = CHUNK
         if isinstance(step, Derivation):
-            builder = self.builders[step.builder]
+            builder = self.builders.behind(step)
             own = cost(builder, step, block_elements(builder, step, self.share))
         return own + sum(self._made_for(given) for given in inputs_of(step))
 
@@ -73,7 +73,7 @@ class Realiser:
 
     def make(self, name: str, drv: Derivation, sink: Sink) -> Made:
         """Run the builder of `drv` into `sink`, and record what came out under the resolved key."""
-        builder = self.builders[drv.builder]
+        builder = self.builders.behind(drv)
         feeds = tuple(self._feed(given) for given in drv.inputs)
         job = StreamJob(drv, feeds, streamed(builder, drv), block_elements(builder, drv, self.share))
         output = Output(drv.output, sink)

@@ -38,7 +38,11 @@ Input = SourceTensor | StageTensor
 
 @dataclass(frozen=True)
 class Derivation:
-    """One step: `builder` at `version` with `params` over `inputs`, in order, makes a tensor of the spec `output`."""
+    """One step: `builder` at `version` with `params` over `inputs`, in order, makes a tensor of the spec `output`.
+
+    `numerics`: the class of arithmetic, then, where bits depend on it, `;` and the machine: `kitty-1`,
+    `mergekit-0.1.5;torch 2.13.0 AVX512`.
+    """
 
     builder: str
     version: int

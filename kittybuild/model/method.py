@@ -83,17 +83,19 @@ _KINDS: Mapping[type, Callable[[Scalar], Scalar]] = MappingProxyType({float: _as
 class Method:
     """A merge method as a recipe sees it.
 
-    `base`: "required" (it works on differences from the base, which is no ordinary input) or "ordinary" (a base model
-    is one input among the others). `least` and `most` count all inputs, the base among them.
+    `base`: "required" (it works on differences from the base), "optional" (on differences where a base is given, else
+    on the models themselves) or "ordinary" (a base model is one input among the others). `least` and `most` count the
+    models beside such a base; with an ordinary one, all. `doc`: what it does, in a sentence or two.
     """
 
     name: str
     title: str
     paper: str
     params: tuple[Param, ...]
-    base: Literal["required", "ordinary"]
+    base: Literal["required", "optional", "ordinary"]
     least: int = 1
     most: int | None = None
+    doc: str = ""
 
     def param(self, name: str) -> Param | None:
         """The parameter of that name."""
@@ -101,11 +103,17 @@ class Method:
 
     def counts_text(self) -> str:
         """How many models it takes, for a person."""
-        if self.most is None:
-            return f"at least {self.least} models" if self.least != 1 else "at least one model"
-        if self.least == self.most:
-            return f"exactly {self.least} models" if self.least != 1 else "exactly one model"
-        return f"{self.least} to {self.most} models"
+        number = {1: "one", 2: "two", 3: "three"}.get(self.least, str(self.least))
+        noun = "model" if self.least == 1 else "models"
+        if self.most is None and not self.least:
+            text = "any number of models"
+        elif self.most is None:
+            text = f"at least {number} {noun}"
+        elif self.least == self.most:
+            text = f"exactly {number} {noun}"
+        else:
+            text = f"{self.least} to {self.most} models"
+        return text if self.base == "ordinary" else f"{text} beside its base model"
 
 
 def find(methods: Sequence[Method], name: str) -> Method | None:

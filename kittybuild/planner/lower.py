@@ -121,7 +121,7 @@ class _Lowering:
             return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
-            merge = MergeLowering(stage, self.view, self.builders, self.problems)
+            merge = MergeLowering(stage, self.view, self.builders, self.problems, self.recipe.seed)
             steps, donor = merge.steps(), merge.donor()
             config = merge.config() if len(self.problems) == before else None
             self.notes += merge.notes

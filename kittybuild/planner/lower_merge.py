@@ -38,8 +38,10 @@ class Row:
 class MergeLowering:
     """One merge stage on its way to steps. `problems` collects what is wrong, `notes` what a person should know."""
 
-    def __init__(self, stage: MergeStage, views: Views, builders: Builders, problems: list[KittybuildError]) -> None:
-        self.stage, self.views, self.problems = stage, views, problems
+    def __init__(
+        self, stage: MergeStage, views: Views, builders: Builders, problems: list[KittybuildError], seed: int
+    ) -> None:
+        self.stage, self.views, self.problems, self.seed = stage, views, problems, seed
         self.builder: Builder = builders[stage.method]
         self.builders = builders
         assert self.builder.method is not None  # the recipe names methods only
@@ -99,6 +101,10 @@ class MergeLowering:
     def _base_of(self, part: Slice) -> ModelRef | None:
         return part.base or self.stage.base
 
+    def _is_base(self, ref: ModelRef, part: Slice) -> bool:
+        """Whether a model is the one that the method takes differences from."""
+        return self.method.base != "ordinary" and ref == self._base_of(part)
+
     def _count_fits(self, part: Slice) -> bool:
         base, refs = self._base_of(part), [use.model for use in part.sources]
         method = self.method
@@ -110,12 +116,12 @@ class MergeLowering:
             hint = "list the base model among the sources of the slice"
             self._fail("KB309", f"{method.name} needs its base model {base} in every slice", part.at, hint)
             return False
-        if len(refs) < method.least or (method.most is not None and len(refs) > method.most):
-            with_base = " (the base model counts)" if base in refs else ""
-            hint = "take some away, or choose another method" if len(refs) > method.least else "add one"
-            if base in refs and base not in [use.model for use in self.stage.models] and not self.stage.slices:
+        count = len([ref for ref in refs if not self._is_base(ref, part)])
+        if count < method.least or (method.most is not None and count > method.most):
+            hint = "take some away, or choose another method" if count > method.least else "add one"
+            if method.base == "ordinary" and base in refs and base not in [use.model for use in self.stage.models]:
                 hint = "base_model is one of them: take it away, or one of the others"
-            message = f"{method.name} takes {method.counts_text()}, here are {len(refs)}{with_base}"
+            message = f"{method.name} takes {method.counts_text()}, here are {count}"
             self._fail("KB309", message, part.at, hint)
             return False
         return True
@@ -200,9 +206,7 @@ class MergeLowering:
                 self.missing.setdefault((view.label, row.lead.label), []).append(name)
         if len(inputs) < len(row.names):
             return None
-        base = self._base_of(row.part)
-        if self.method.base == "required":
-            inputs.sort(key=lambda item: item[0].model != base)  # the base first, the others as they stand
+        inputs.sort(key=lambda item: not self._is_base(item[0].model, row.part))  # the others as they stand
         specs = {str(use.model): tensor.spec for use, _, tensor in inputs}
         kinds = {"float" if spec.dtype.is_float else spec.dtype for spec in specs.values()}
         if len({spec.shape for spec in specs.values()}) > 1 or len(kinds) > 1:
@@ -216,8 +220,12 @@ class MergeLowering:
         if not lead.dtype.is_float:
             return tensors[0] if len(tensors) == 1 else self._made("same", {}, tensors, lead)
         output = lead.with_dtype(self.stage.out_dtype or self.stage.dtype or self._first_dtype(row, inputs))
-        uses = [(use, name) for use, name, _ in inputs[1 if self.method.base == "required" else 0 :]]
-        params = {p.name: self._param(p, row, uses) for p in self.method.params if not p.accepted}
+        uses = [(use, name) for use, name, _ in inputs if not self._is_base(use.model, row.part)]
+        params: dict[str, Any] = {p.name: self._param(p, row, uses) for p in self.method.params if not p.accepted}
+        if self.method.base == "optional":
+            params["base"] = len(uses) < len(inputs)
+        if self.builder.seeded:
+            params |= {"seed": self.seed, "tensor": row.name}
         if self.method.name == "passthrough" and params["scale"] == [None]:
             return tensors[0] if output == lead else self._made("cast", {}, tensors, output)
         return self._made(self.stage.method, params, tensors, output)

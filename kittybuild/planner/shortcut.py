@@ -18,7 +18,7 @@ def stage_keys(
     recipe: Recipe, wanted: Sequence[str], fingerprints: Mapping[str, Digest], builders: Builders
 ) -> dict[str, Digest]:
     """The keys of all stages that the wanted ones need, in the order of building."""
-    keys = _Keys(recipe, fingerprints, {b.name: b.version for b in builders.by_name.values()})
+    keys = _Keys(recipe, fingerprints, {f"{b.numerics}/{b.name}": b.version for b in builders.by_class.values()})
     for name in wanted:
         keys.stage(recipe.stages[name])
     # What an intermediate stage lists depends on what is asked of it.

@@ -229,7 +229,7 @@ class Meanwhile:
         return then
 
     def builders(self) -> Builders:
-        others = [builder for builder in BUILTIN.by_name.values() if builder.name != "linear"]
+        others = [builder for builder in BUILTIN.by_class.values() if builder.name != "linear"]
         linear = BUILTIN["linear"]
         return Builders.of(*others, Builder("linear", 1, self.prepare, scratch=0, method=linear.method))
 

@@ -286,7 +286,11 @@ KIND_NAMES: Mapping[type, str] = {float: "number", int: "whole number", bool: "t
 def method_text(method: Method) -> Iterator[str]:
     """What recipe.md says of one method."""
     paper = f" ([source]({method.paper}))" if method.paper else ""
-    base = {"required": "the base model is required, and one of them", "ordinary": "a base model is one of them"}
+    base = {
+        "required": "the base model is required",
+        "optional": "works on differences from the base model, if there is one",
+        "ordinary": "a base model is one of them",
+    }
     yield f"### {method.name}\n"
     yield f"{method.title}{paper}. Takes {method.counts_text()}; {base[method.base]}.\n"
     yield "| parameter | given | kind | default | |"

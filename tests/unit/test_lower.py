@@ -369,9 +369,12 @@ class TestFit:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}]", "exactly 2 models, here are 1"),
+            (
+                "merge_method: slerp\nbase_model: a\nmodels: [{model: a}]",
+                "exactly one model beside its base model, here are 0",
+            ),
             ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]", "exactly one model, here are 2"),
-            ("merge_method: passthrough\nbase_model: b\nmodels: [{model: a}]", "here are 2 (the base model counts)"),
+            ("merge_method: passthrough\nbase_model: b\nmodels: [{model: a}]", "exactly one model, here are 2"),
         ],
     )
     def test_too_many_or_too_few(self, tmp_path: Path, text: str, words: str) -> None:

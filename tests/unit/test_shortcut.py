@@ -125,8 +125,8 @@ def test_the_version_of_any_builder_counts() -> None:
     prints = {name: Digest.of(name.encode()) for name in source_names(recipe)}
     newer = type(BUILTIN)(
         {
-            name: replace(builder, version=builder.version + (name == "slerp"))
-            for name, builder in BUILTIN.by_name.items()
+            key: replace(builder, version=builder.version + (builder.name == "slerp"))
+            for key, builder in BUILTIN.by_class.items()
         }
     )
     before = stage_keys(recipe, ["calm"], prints, BUILTIN)

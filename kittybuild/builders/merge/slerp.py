@@ -52,8 +52,7 @@ SLERP = Builder(
         title="SLERP",
         paper="https://en.wikipedia.org/wiki/Slerp",
         base="required",
-        least=2,
-        most=2,
+        most=1,
         params=(Param("t", float, "shared", "0 is the base model, 1 the other", required=True),),
     ),
 )

@@ -138,6 +138,7 @@ TASK_ARITHMETIC = Builder(
         title="Task Arithmetic",
         paper="https://arxiv.org/abs/2212.04089",
         base="required",
+        least=0,
         params=(
             WEIGHT,
             Param("density", float, "input", "has no effect here", default=1.0, accepted=True),
@@ -157,6 +158,7 @@ TIES = Builder(
         title="TIES",
         paper="https://arxiv.org/abs/2306.01708",
         base="required",
+        least=0,
         params=(
             WEIGHT,
             Param("density", float, "input", "the share of each difference that is kept", default=1.0, low=0.0),
