@@ -69,12 +69,16 @@ class OutputReport:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. Bytes are those of tensors; seconds are the wall's."""
+    """What a build did. Bytes are those of tensors; seconds are the wall's.
+
+    `workers_peak`: the most bytes of memory that worker processes took, beside this one.
+    """
 
     stages: Mapping[str, StageReport]
     outputs: Mapping[str, OutputReport]
     bytes_read: int
     bytes_written: int
+    workers_peak: int
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -150,19 +154,24 @@ def build(
     *,
     memory: int = MEMORY,
     jobs: int = 1,
+    processes: bool = True,
     events: Events | None = None,
     builders: Builders = BUILTIN,
 ) -> BuildReport:
-    """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept."""
+    """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept.
+
+    `memory`: bytes for all workers; `processes`: each of the `jobs` is a process of its own, else a thread.
+    """
     started = time.monotonic()
+    limits = memory, jobs, processes and builders is BUILTIN
     ready = _shortcut(prepared, store)
     if ready:
         manifests, lock = ready
         stages = {name: StageReport(len(m.tensors), 0, len(m.tensors), m.digest) for name, m in manifests.items()}
         written = dict.fromkeys(manifests, 0)
-        amounts, notes = (0, 0), prepared.recipe.notes
+        amounts, notes = (0, 0, 0), prepared.recipe.notes
     else:
-        manifests, lock, results, amounts, notes = _run(prepared, store, memory, jobs, events, builders)
+        manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
         stages = {name: _report(results[name], manifests[name]) for name in manifests}
         written = {name: result.written for name, result in results.items()}
     outputs = {}
@@ -204,10 +213,12 @@ def _lock_key(prepared: Prepared) -> Digest:
     return tagged("kittybuild.lock.v1", [[name, key.hex] for name, key in prepared.keys.items()])
 
 
-Ran = tuple[dict[str, Manifest], bytes, "dict[str, StageResult]", tuple[int, int], tuple[str, ...]]
+Ran = tuple[dict[str, Manifest], bytes, "dict[str, StageResult]", tuple[int, int, int], tuple[str, ...]]
 
 
-def _run(prepared: Prepared, store: Store, memory: int, jobs: int, events: Events | None, builders: Builders) -> Ran:
+def _run(
+    prepared: Prepared, store: Store, limits: tuple[int, int, bool], events: Events | None, builders: Builders
+) -> Ran:
     from kittybuild.executor.events import Silent
     from kittybuild.executor.run import Limits, run
     from kittybuild.publish.companions import companion_files
@@ -217,7 +228,7 @@ def _run(prepared: Prepared, store: Store, memory: int, jobs: int, events: Event
     if found.tensors:
         events.note(f"an interrupted build left {found.tensors} finished tensors: they are used")
     known = plan(prepared, store, builders)
-    results, amounts = run(known, store, builders, Limits(memory, jobs), events)
+    results, amounts = run(known, store, builders, Limits(*limits), events)
     manifests = {}
     for name, stage in known.plan.stages.items():
         files = companion_files(stage, known.sources, store) if stage.shards else ()
@@ -229,7 +240,7 @@ def _run(prepared: Prepared, store: Store, memory: int, jobs: int, events: Event
     for name, manifest in manifests.items():
         store.set_shortcut(prepared.keys[name], manifest.digest)
     store.drop_salvaged()
-    return manifests, lock, results, amounts, known.plan.notes
+    return manifests, lock, results, (amounts.read, amounts.written, amounts.workers), known.plan.notes
 
 
 def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:

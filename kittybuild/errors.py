@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import Any
 
 MOST_NAMED = 20
 
@@ -30,6 +31,10 @@ class KittybuildError(Exception):
         self.at = at
         self.hint = hint
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes: the state says it all, whatever a constructor asks for."""
+        return _restored, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
         where = f"{self.at}: " if self.at else ""
@@ -94,6 +99,12 @@ class Problems(KittybuildError):
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
+
+
+def _restored(kind: type[KittybuildError], args: tuple[Any, ...], state: dict[str, Any]) -> KittybuildError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def raise_all(errors: Collection[KittybuildError]) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import hypothesis
 import pytest
+
+# Most tests build small models: worker processes, which import torch anew each time, are for the tests that say so.
+os.environ.setdefault("KITTYBUILD_WORKERS", "threads")
 
 # Derandomized: a red run is red again. No deadline: the first example of a test pays for the imports.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)

@@ -291,8 +291,11 @@ def is_global_random(name: str, call: ast.Call | None) -> bool:
 
 
 def edge(source: Source) -> Iterator[Finding]:
-    """Only cli prints, exits, or reads the environment; `__main__` may exit, with what cli returns."""
-    if source.part == "cli":
+    """Only cli prints, exits, or reads the environment; `__main__` may exit, with what cli returns.
+
+    The program of the worker processes is a process of its own: it reads its arguments and exits.
+    """
+    if source.part == "cli" or source.path == f"{PACKAGE}/executor/serve.py":
         return
     forbidden = EDGE_NAMES - EXIT_NAMES if source.part == "__main__" else EDGE_NAMES
     for name, node, _ in uses(source):

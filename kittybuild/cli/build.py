@@ -33,6 +33,15 @@ def peak_rss() -> int:
 @STORE
 @click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
+@click.option(
+    "--workers",
+    type=click.Choice(["processes", "threads"]),
+    default="processes",
+    metavar="KIND",
+    envvar="KITTYBUILD_WORKERS",
+    show_default=True,
+    help="What makes tensors side by side.",
+)
 @click.option("--offline", is_flag=True, help="Never connect (hub sources are not built yet, so builds never do).")
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
@@ -44,6 +53,7 @@ def command(
     store: str | None,
     memory: int,
     jobs: int | None,
+    workers: str,
     offline: bool,
     as_json: bool,
     verbose: bool,
@@ -54,14 +64,16 @@ def command(
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
     prepared = api.prepare(parsed, stages, output)
     with Store.open(store_folder(store, recipe)) as opened, shown() as events:
-        report = api.build(prepared, opened, memory=memory, jobs=jobs or cores(), events=events)
+        report = api.build(
+            prepared, opened, memory=memory, jobs=jobs or cores(), processes=workers == "processes", events=events
+        )
     document = {
         "ok": True,
         "stages": {name: stage.to_json() for name, stage in report.stages.items()},
         "outputs": {name: out.to_json() for name, out in report.outputs.items()},
         "bytes": {"read": report.bytes_read, "written": report.bytes_written},
         "seconds": round(report.seconds, 3),
-        "peak_rss": peak_rss(),
+        "peak_rss": peak_rss() + report.workers_peak,
         "notes": list(report.notes),
     }
     if not as_json:
@@ -82,4 +94,6 @@ def _print(report: api.BuildReport, verbose: bool) -> None:
     for out in report.outputs.values():
         click.echo(f"{out.folder}: {out.shards_written} shards written, {out.shards_linked} linked")
     read, written = amount(report.bytes_read), amount(report.bytes_written)
-    click.echo(f"read {read}, wrote {written}, {report.seconds:.1f} s, peak memory {amount(peak_rss())}")
+    click.echo(
+        f"read {read}, wrote {written}, {report.seconds:.1f} s, peak memory {amount(peak_rss() + report.workers_peak)}"
+    )

@@ -1,11 +1,11 @@
-"""Bytes to tensors and back, block by block, with the digests taken on the way while the bytes are in cache."""
+"""Bytes to tensors and back, block by block; the result is digested on the way while its bytes are in cache."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -13,11 +13,10 @@ from xxhash import xxh3_64
 
 from kittybuild.builders.base import Block, Combine
 from kittybuild.builders.numerics import one_nan, rounded
-from kittybuild.checkpoint.reading import Reader
 from kittybuild.digest import Digest
-from kittybuild.errors import SourceError
+from kittybuild.executor.feed import Feed, Sink
+from kittybuild.executor.finite import nonfinite
 from kittybuild.model.derivation import Derivation
-from kittybuild.store.problems import DamagedTensor
 from kittybuild.tensors import DType, TensorRef, TensorSpec
 
 
@@ -26,60 +25,15 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, dtype.torch_name)  # type: ignore[no-any-return]
 
 
-def nonfinite(tensor: torch.Tensor) -> int:
-    """How many elements are NaN or infinite; asks the extremes first, which costs a tenth of asking each element."""
-    if tensor.element_size() == 1:  # the float8 types have no extremes in torch
+def _surely_finite(tensor: torch.Tensor) -> bool:
+    """Whether the sum is finite: then all elements are (else they may be). Costs a fortieth of asking each."""
+    if tensor.element_size() == 1:  # torch adds no float8 types
         tensor = tensor.float()
-    low, high = tensor.aminmax()
-    if math.isfinite(low) and math.isfinite(high):
-        return 0
-    return int(tensor.isfinite().logical_not_().sum())
+    return math.isfinite(tensor.sum())
 
 
-class Sink(Protocol):
-    """Takes the bytes of one tensor."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """The bytes from `offset` of the tensor on."""
-
-
-class Feed:
-    """One input: its bytes, and what is to be found out or checked while they pass.
-
-    `ref` None: the content is unknown and digested in the first full pass. `xxh3`: what the bytes must give; `path` is
-    of the store's file that they come from, which is checked even where no XXH3 is known.
-    """
-
-    def __init__(self, reader: Reader, ref: TensorRef | None, xxh3: str | None = None, path: str = "") -> None:
-        self.reader, self.spec, self.path = reader, reader.spec, path
-        self._ref, self._xxh3 = ref, xxh3
-        self._digest = blake3() if ref is None or (path and xxh3 is None) else None
-        self._check = xxh3_64() if xxh3 is not None else None
-
-    def read(self, start: int, buffer: memoryview, *, last: bool) -> None:
-        """Fill `buffer` from byte `start` on; `last`: this is the pass in which digests are taken."""
-        try:
-            self.reader.read_into(start, buffer)
-        except SourceError as error:
-            if not self.path:
-                raise
-            raise DamagedTensor(self.path, error.message) from error
-        if last and self._digest is not None:
-            self._digest.update(buffer)
-        if last and self._check is not None:
-            self._check.update(buffer)
-
-    def ref(self) -> TensorRef:
-        """The content, after a full pass. Raises DamagedTensor where the bytes are not what the store says."""
-        found = self._ref
-        if self._digest is not None:
-            found, self._digest = TensorRef(Digest(self._digest.hexdigest()), self.spec), None
-        other = self._check is not None and self._check.hexdigest() != self._xxh3
-        if other or (self._ref is not None and self._ref != found):
-            raise DamagedTensor(self.path, f"a tensor of {self.spec} has other bytes than when it was written")
-        assert found is not None
-        self._ref = found
-        return found
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy().data)
 
 
 class Output:
@@ -94,11 +48,12 @@ class Output:
 
     def put(self, result: torch.Tensor) -> None:
         """The next block of the result."""
-        finished = rounded(result, self._dtype)
-        if self.spec.dtype.is_float and (count := nonfinite(finished)):
+        finished = rounded(result, self._dtype).contiguous()
+        data = _bytes(finished)
+        if self.spec.dtype.is_float and not _surely_finite(finished) and (count := nonfinite(data, self.spec.dtype)):
             self.nonfinite += count
-            finished = one_nan(finished)
-        self.put_bytes(memoryview(finished.contiguous().view(torch.uint8).numpy().data))
+            data = _bytes(one_nan(finished))
+        self.put_bytes(data)
 
     def put_bytes(self, data: memoryview) -> None:
         """The next bytes of the result, as they are."""
@@ -149,6 +104,10 @@ class StreamJob:
         """See Job."""
         return self._blocks(last=False)
 
+    def part(self, start: int, count: int) -> Block:
+        """See Job."""
+        return self._block(start, count, last=False)
+
     def whole(self, index: int) -> torch.Tensor:
         """See Job."""
         feed = self.feeds[index]
@@ -164,8 +123,10 @@ class StreamJob:
     def _blocks(self, *, last: bool) -> Iterator[Block]:
         numel = self.drv.output.numel
         for start in range(0, numel, self.elements):
-            count = min(self.elements, numel - start)
-            yield Block(start, tuple(self._input(i, start, count, last=last) for i in range(self.streamed)))
+            yield self._block(start, min(self.elements, numel - start), last=last)
+
+    def _block(self, start: int, count: int, *, last: bool) -> Block:
+        return Block(start, tuple(self._input(i, start, count, last=last) for i in range(self.streamed)), count)
 
     def _input(self, index: int, start: int, count: int, *, last: bool) -> torch.Tensor:
         feed, size = self.feeds[index], self.feeds[index].spec.dtype.size

@@ -11,12 +11,12 @@ from kittybuild.builders.selection import IN_MEMORY
 from kittybuild.model.derivation import Derivation
 from kittybuild.tensors import DType
 
-BASELINE = 256_000_000
-"""What Python and torch themselves take; the budget for tensors is what `--memory` leaves above it."""
+BASELINE = 320_000_000
+"""What Python and torch themselves take, in the build's process and in its workers; the budget for tensors is what
+`--memory` leaves above it."""
 LEAST = 32_000_000
-IN_CACHE = 12_000_000
-"""Bytes of a block with its temporaries. Measured: with a quarter of it two workers wait for the interpreter's lock as
-long as they compute, with four times as much they wait for memory."""
+IN_CACHE = 4_000_000
+"""Bytes of a block with its temporaries: they stay near the core that works on them (docs/design, note 9)."""
 
 
 def streamed(builder: Builder, drv: Derivation) -> int:

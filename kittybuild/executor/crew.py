@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 
 class Crew:
-    """A context manager; leaving it waits for what is under way."""
+    """A context manager; leaving it waits for what is under way, which `interrupt` cuts short."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, interrupt: Callable[[], None]) -> None:
+        self._interrupt = interrupt
         self._makers = ThreadPoolExecutor(jobs, "make")
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._syncer = ThreadPoolExecutor(1, "sync")
@@ -67,5 +68,7 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._first(error)
+        if error is not None and not isinstance(error, Exception):  # a person does not want to wait
+            self._interrupt()
         for pool in (self._makers, self._finisher, self._syncer):
             pool.shutdown(wait=True)

@@ -1,6 +1,6 @@
-"""One tensor at a time: find its inputs' bytes, run its builder over them, learn its content and its key.
+"""One tensor at a time: what a worker is to do for it, and what is learned from what came of it.
 
-An input whose bytes are nowhere is made in memory first, and so on down: nothing of it is written.
+A tensor is recorded under its resolved key only after its sources were seen to be unchanged.
 """
 
 from __future__ import annotations
@@ -8,22 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from xxhash import xxh3_64
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files, RawReader
 from kittybuild.digest import Digest
-from kittybuild.errors import BuildError, KittybuildError
-from kittybuild.executor.blocks import Feed, Output, Sink, StreamJob, nonfinite, torch_dtype
-from kittybuild.executor.budget import block_elements, cost, streamed
+from kittybuild.executor.budget import block_elements, cost
+from kittybuild.executor.feed import Feed, Sink
+from kittybuild.executor.finite import nonfinite
+from kittybuild.executor.order import Given, Order, Report, Slot
+from kittybuild.executor.workers import Workers
 from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
 from kittybuild.model.plan import inputs_of
 from kittybuild.planner.known import Known, memo_name
 from kittybuild.store.store import Location, Store
-from kittybuild.tensors import TensorRef, TensorSpec
+from kittybuild.tensors import TensorRef
 
-CHUNK = 1 << 20
+CHUNK = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +37,14 @@ class Made:
     nonfinite: int
 
 
-class Scratch:
-    """A tensor in memory: a sink while it is made, then a reader."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-        self._bytes = bytearray(spec.nbytes)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """See Sink."""
-        self._bytes[offset : offset + len(data)] = data
-
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        """See Reader."""
-        buffer[:] = memoryview(self._bytes)[start : start + len(buffer)]
-
-
 class Realiser:
     """Makes tensors. `share`: bytes that one worker's blocks may take. Safe to use from several threads."""
 
-    def __init__(self, known: Known, store: Store, files: Files, builders: Builders, share: int) -> None:
-        self.known, self.store, self.files, self.builders, self.share = known, store, files, builders, share
+    def __init__(
+        self, known: Known, store: Store, builders: Builders, workers: Workers, files: Files, share: int
+    ) -> None:
+        self.known, self.store, self.builders = known, store, builders
+        self.workers, self.files, self.share = workers, files, share
 
     def cost(self, step: Step) -> int:
         """The bytes of memory that making a tensor takes, with what must be made in memory for it."""
@@ -71,35 +59,56 @@ class Realiser:
             return 0
         return given.spec.nbytes + self.cost(self.known.plan.step(given))
 
-    def make(self, name: str, drv: Derivation, sink: Sink) -> Made:
-        """Run the builder of `drv` into `sink`, and record what came out under the resolved key."""
-        builder = self.builders.behind(drv)
-        feeds = tuple(self._feed(given) for given in drv.inputs)
-        job = StreamJob(drv, feeds, streamed(builder, drv), block_elements(builder, drv, self.share))
-        output = Output(drv.output, sink)
-        try:
-            job.run(builder.prepare(job), output)
-        except KittybuildError as error:
-            error.at = error.at or name
-            raise
-        except (MemoryError, RuntimeError) as error:
-            hint = "if memory ran out: fewer --jobs, a smaller --memory"
-            raise BuildError("KB501", f"{drv.builder} failed: {error}", at=name, hint=hint) from error
-        refs = [self._learned(given, feed) for given, feed in zip(drv.inputs, feeds, strict=True)]
-        ref, xxh3 = output.result()
-        key = drv.key(refs)
-        self.store.realise({key: ref})
-        return Made(ref, xxh3, key, output.nonfinite)
+    def make(self, name: str, drv: Derivation, place: tuple[str, int]) -> Made:
+        """Have a worker run the builder of `drv` into its place, and record what came out under the resolved key."""
+        return self._learn(drv, self.workers.run(self._order(name, drv, Slot(*place))))
 
-    def take(self, given: Input, sink: Sink) -> Made:
-        """The bytes of an input as they are."""
+    def _order(self, name: str, drv: Derivation, slot: Slot | None = None) -> Order:
+        return Order(name, drv, tuple(self._given(given) for given in drv.inputs), self.share, slot)
+
+    def _given(self, given: Input) -> Given:
+        ref = self.known.ref(given)
+        if isinstance(given, SourceTensor):
+            return Given(given.spec, ref, entry=self.known.entry(given))
+        if location := self._location(given):
+            return Given(given.spec, ref, location=location)
+        return Given(given.spec, ref, first=self._order(f"{given.stage}: {given.name}", self._behind(given)))
+
+    def _behind(self, given: StageTensor) -> Derivation:
+        step = self.known.plan.step(given)
+        assert isinstance(step, Derivation)  # inputs that are taken over are replaced by what they are, in the plan
+        return step
+
+    def _learn(self, drv: Derivation, report: Report) -> Made:
+        for given, ref, first in zip(drv.inputs, report.inputs, report.first, strict=True):
+            if first is not None and isinstance(given, StageTensor):
+                self._learn(self._behind(given), first)
+            self._note(given, ref)
+        key = drv.key(report.inputs)
+        self.store.realise({key: report.ref})
+        return Made(report.ref, report.xxh3, key, report.nonfinite)
+
+    def _note(self, given: Input, ref: TensorRef) -> None:
+        if isinstance(given, SourceTensor):  # what was made of other bytes must not be recorded
+            self.known.check_unchanged(self.known.entry(given).file)
+        if self.known.ref(given) is None:
+            self.known.learn(given, ref)
+
+    def take(self, name: str, given: Input, sink: Sink, place: tuple[str, int]) -> Made:
+        """The bytes of an input as they are; what no pack holds is made straight in its place."""
+        if isinstance(given, StageTensor) and self._location(given) is None:
+            made = self.make(name, self._behind(given), place)
+            self._note(given, made.ref)
+            return made
         feed, check, count = self._feed(given), xxh3_64(), 0
         for start, part in _passing(feed):
             check.update(part)
             sink.write(start, part)
             if given.spec.dtype.is_float:
-                count += nonfinite(torch.frombuffer(part, dtype=torch_dtype(given.spec.dtype)))
-        return Made(self._learned(given, feed), check.hexdigest(), None, count)
+                count += nonfinite(part, given.spec.dtype)
+        ref = feed.ref()
+        self._note(given, ref)
+        return Made(ref, check.hexdigest(), None, count)
 
     def digest(self, given: SourceTensor) -> TensorRef:
         """The content of a source tensor, read once if it is unknown."""
@@ -108,7 +117,8 @@ class Realiser:
             feed = self._feed(given)
             for _ in _passing(feed):
                 pass
-            ref = self._learned(given, feed)
+            ref = feed.ref()
+            self._note(given, ref)
         return ref
 
     def _location(self, given: StageTensor) -> Location | None:
@@ -119,23 +129,9 @@ class Realiser:
         if isinstance(given, SourceTensor):
             return Feed(self.files.reader(self.known.entry(given)), self.known.ref(given))
         location = self._location(given)
-        if location:
-            reader = RawReader(self.files, location.path, location.offset, given.spec)
-            return Feed(reader, self.known.ref(given), location.xxh3, location.path)
-        step = self.known.plan.step(given)
-        assert isinstance(step, Derivation)  # inputs that are taken over are replaced by what they are, in the plan
-        scratch = Scratch(given.spec)
-        made = self.make(f"{given.stage}: {given.name}", step, scratch)
-        self.known.learn(given, made.ref)
-        return Feed(scratch, made.ref)
-
-    def _learned(self, given: Input, feed: Feed) -> TensorRef:
-        ref = feed.ref()
-        if isinstance(given, SourceTensor):  # what was made of other bytes must not be recorded
-            self.known.check_unchanged(self.known.entry(given).file)
-        if self.known.ref(given) is None:
-            self.known.learn(given, ref)
-        return ref
+        assert location is not None  # the caller looked
+        reader = RawReader(self.files, location.path, location.offset, given.spec)
+        return Feed(reader, self.known.ref(given), location.xxh3, location.path)
 
 
 def _passing(feed: Feed) -> Iterator[tuple[int, memoryview]]:

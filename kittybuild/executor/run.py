@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
 from kittybuild.errors import BuildError, KittybuildError
@@ -22,6 +20,7 @@ from kittybuild.executor.budget import Budget
 from kittybuild.executor.crew import Crew
 from kittybuild.executor.events import Events
 from kittybuild.executor.realise import Made, Realiser, remember_sources
+from kittybuild.executor.workers import Processes, Threads, Workers
 from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor
 from kittybuild.model.manifest import ManifestShard
 from kittybuild.model.plan import StagePlan
@@ -53,14 +52,24 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much memory (bytes) and how many workers a run may use."""
+    """How much memory (bytes) and how many workers a run may use; `processes`: workers of their own, else threads."""
 
     memory: int
     jobs: int
+    processes: bool = True
 
 
-Ran = tuple[dict[str, StageResult], tuple[int, int]]
-"""What happened to each stage, and the bytes read and written."""
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """Bytes of tensors read and written, and the most memory that worker processes took together."""
+
+    read: int
+    written: int
+    workers: int
+
+
+Ran = tuple[dict[str, StageResult], Amounts]
+"""What happened to each stage, and how much went through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +80,25 @@ class _Job:
     store: Store
     builders: Builders
     limits: Limits
+    workers: Workers
     events: Events
     results: dict[str, StageResult]
 
 
 def run(known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
     """Build all stages of the plan. Damaged tensors in the store are set aside and made again."""
-    torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
     results = {name: StageResult(len(stage.steps)) for name, stage in known.plan.stages.items()}
-    job, damaged = _Job(known, store, builders, limits, events, results), set[str]()
+    kind = Processes if limits.processes else Threads
+    with kind(limits.jobs, builders, store.disk) as workers:
+        return results, _until_sound(_Job(known, store, builders, limits, workers, events, results))
+
+
+def _until_sound(job: _Job) -> Amounts:
+    """Attempt after attempt, until none meets damage."""
+    known, store, damaged = job.known, job.store, set[str]()
     while True:
         try:
-            return results, _attempt(job, Known(known.plan, known.sources, store) if damaged else known)
+            return _attempt(job, Known(known.plan, known.sources, store) if damaged else known)
         except DamagedTensor as damage:
             if damage.path in damaged or len(damaged) == MOST_DAMAGED:
                 message = f"damaged tensors turn up again and again: {damage.message}"
@@ -90,18 +106,20 @@ def run(known: Known, store: Store, builders: Builders, limits: Limits, events: 
                 raise BuildError("KB505", message, at=damage.path, hint=hint) from damage
             damaged.add(damage.path)
             if os.path.exists(damage.path):  # else it has only moved, as packs do when they are finished
-                events.note(f"{damage.path} is damaged: it is set aside and its tensors are made again")
+                job.events.note(f"{damage.path} is damaged: it is set aside and its tensors are made again")
             store.discard(damage.path)
             store.salvage()  # what this attempt finished
+            job.workers.forget_files()
 
 
-def _attempt(job: _Job, known: Known) -> tuple[int, int]:
-    """The bytes read and written. `known`: what this attempt believes."""
+def _attempt(job: _Job, known: Known) -> Amounts:
+    """One attempt. `known`: what it believes."""
     try:
-        with Files() as files, Crew(job.limits.jobs) as crew:
+        with Files() as files, Crew(job.limits.jobs, job.workers.interrupt) as crew:
             attempt = _Run(job, known, files, crew)
             attempt.all_stages()
-            amounts = files.bytes_read, attempt.written
+            read = files.bytes_read + job.workers.bytes_read
+            amounts = Amounts(read, attempt.written, job.workers.peak_memory)
     except BaseException:
         with suppress(KittybuildError):  # the first error counts
             _remember(known, job)
@@ -122,9 +140,10 @@ class _Run:
 
     def __init__(self, job: _Job, known: Known, files: Files, crew: Crew) -> None:
         self.known, self.store, self.events, self.crew, self.results = known, job.store, job.events, crew, job.results
+        self.workers = job.workers
         self.budget = Budget(job.limits.memory)
         share = self.budget.total // job.limits.jobs
-        self.realiser = Realiser(known, job.store, files, job.builders, share)
+        self.realiser = Realiser(known, job.store, job.builders, job.workers, files, share)
         self.written = self.unflushed = 0
         self.counting = threading.Lock()
 
@@ -163,6 +182,8 @@ class _Run:
         if not stage.shards:
             groups = shards_of({name: stage.steps[name] for name in work.compute}, DEFAULT_SHARD)
             shards = [Shard(layout_of(stage, names), None, False) for names in groups if names]
+        if any(not isinstance(stage.steps[tensor], SourceTensor) for tensor in work.compute):
+            self.workers.start()
         begun: list[tuple[Shard, Future[ManifestShard]]] = []
         for index, shard in enumerate(shards):
             begun.append((shard, self._shard(stage, shard, result)))
@@ -205,12 +226,12 @@ class _Run:
             self._copy(writer, name, self.known.ref(step, stage.name, name))
         elif isinstance(step, Derivation):
             with self.budget.admit(self.realiser.cost(step)):
-                made = self.realiser.make(f"{stage.name}: {name}", step, _Slot(writer, name))
+                made = self.realiser.make(f"{stage.name}: {name}", step, writer.place(name))
             self.known.learn(tensor, made.ref)
             self._done(writer, name, made, result)
         else:
             with self.budget.admit(self.realiser.cost(step)):
-                made = self.realiser.take(step, _Slot(writer, name))
+                made = self.realiser.take(name, step, _Slot(writer, name), writer.place(name))
             self._done(writer, name, made, result)
         self.events.advance(step.spec.nbytes)
         self._flush_now_and_then(writer, step.spec.nbytes)

@@ -95,6 +95,11 @@ class PackWriter:
         with guarded("open the journal of", part.path):
             self._journal_fd = disk.open_append(part.journal)
 
+    def place(self, name: str) -> tuple[str, int]:
+        """The file and the offset at which somebody else may write the bytes of a tensor, and then call `done`."""
+        self._verified.pop(name, None)
+        return self._part.path, self.layout.offset(name)
+
     def write(self, name: str, offset: int, data: Any) -> None:
         """Write contiguous `data` at `offset` from the first byte of the tensor."""
         view = memoryview(data).cast("B")

@@ -73,7 +73,7 @@ class TestDisks:
         Path(recipe).write_text(text.replace("0.5", "0.25"))
         prepared = api.prepare(api.read_recipe(recipe), folder=str(tmp_path / "out"))
         with Store.open(str(tmp_path / "store"), disk=FullDisk(30_000)) as store, pytest.raises(StoreError) as caught:
-            api.build(prepared, store)
+            api.build(prepared, store, processes=False)
         assert caught.value.code == "KB704"
         assert "bytes were wanted" in caught.value.message
         assert contents(tmp_path / "out") == before
@@ -151,7 +151,7 @@ class TestTwoAtOnce:
             prepared = api.prepare(api.read_recipe(str(tmp_path / f"{number}.yml")), folder=str(tmp_path / "out"))
             with Store.open(str(tmp_path / f"store{number}")) as store:
                 for _ in range(20):
-                    api.build(prepared, store)
+                    api.build(prepared, store, processes=False)
 
         for number, weight in enumerate((0.25, 0.75)):
             recipe = linear(tmp_path, {models / "base": 0.5, models / "happy": weight}, f"{number}.yml")

@@ -47,12 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def run(place: Path, recipe: Path, after: float | None = None, sign: int = signal.SIGKILL) -> Answer | None:
+def run(
+    place: Path, recipe: Path, after: float | None = None, sign: int = signal.SIGKILL, workers: str = "threads"
+) -> Answer | None:
     """Build with store and outputs in `place`, and send it a signal after so many seconds; None if that killed it."""
     shutil.copy(recipe, place / "recipe.yml")
     answer = place / "answer.json"
     answer.unlink(missing_ok=True)
-    process = started(build_into, str(answer), str(place / "recipe.yml"), "--store", str(place / "store"))
+    args = [str(place / "recipe.yml"), "--store", str(place / "store"), "--workers", workers]
+    process = started(build_into, str(answer), *args)
     if after is not None:
         time.sleep(after)
         assert process.pid
@@ -85,21 +88,24 @@ def models(folder: Path) -> dict[str, dict[str, dict[str, bytes]]]:
 @pytest.mark.slow
 def test_killed_at_any_moment(folder: Path, models: dict[str, dict[str, dict[str, bytes]]], tmp_path: Path) -> None:
     """Half of the builds are the first in their folder and store, half replace an older model."""
-    (tmp_path / "timed").mkdir()
-    begin = time.monotonic()
-    whole = finished(run(tmp_path / "timed", folder / "new.yml"))
-    seconds = time.monotonic() - begin
+    seconds = {}
+    for workers in ("threads", "processes"):
+        (tmp_path / workers).mkdir()
+        begin = time.monotonic()
+        whole = finished(run(tmp_path / workers, folder / "new.yml", workers=workers))
+        seconds[workers] = time.monotonic() - begin
     moments = random.Random(20261122)
     weights = {data for files in models["new"].values() for name, data in files.items() if name.endswith("tensors")}
     salvaged = 0
     for number in range(KILLS):
-        place, update, after = tmp_path / str(number), number % 2 == 1, moments.uniform(0.0, seconds)
+        workers = "processes" if number % 4 < 2 else "threads"
+        place, update, after = tmp_path / str(number), number % 2 == 1, moments.uniform(0.0, seconds[workers])
         while True:
             if update:
                 shutil.copytree(folder / "whole-old", place)
             else:
                 place.mkdir()
-            if run(place, folder / "new.yml", after) is None:
+            if run(place, folder / "new.yml", after, workers=workers) is None:
                 break
             after *= 0.8  # it was faster than the one that we timed
             shutil.rmtree(place)
