@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from kittybuild.checkpoint.folder import inside, read_json
-from kittybuild.checkpoint.safetensors_file import read_safetensors
+from kittybuild.checkpoint.folder import inside, read_json, read_weights
 from kittybuild.checkpoint.source import Checkpoint, Entry, FileId
 from kittybuild.errors import SourceError
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 LARGEST_ALPHA = 1e30
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
 _NOT_YET = MappingProxyType(
@@ -63,14 +62,14 @@ def is_adapter(path: str) -> bool:
 
 def read_adapter_folder(path: str) -> Checkpoint:
     """The adapter's tensors as a checkpoint of kind `adapter`, its config beside them."""
-    weights = os.path.join(path, WEIGHTS)
-    if not os.path.isfile(weights):
-        hint = "adapters in other formats are not read yet: save it as safetensors"
-        raise SourceError("KB205", f"the adapter has no {WEIGHTS}", at=path, hint=hint)
-    entries = read_safetensors(inside(path, WEIGHTS))
+    weights = next((name for name in WEIGHTS if os.path.isfile(os.path.join(path, name))), None)
+    if weights is None:
+        message = f"the adapter has no {' or '.join(WEIGHTS)}"
+        raise SourceError("KB205", message, at=path, hint="save it again with peft")
+    entries, notes = read_weights(inside(path, weights))
     config = read_json(inside(path, CONFIG))
-    files = tuple(FileId.of(os.path.join(path, name)) for name in (WEIGHTS, CONFIG))
-    return Checkpoint(path, "adapter", entries, files, (), config)
+    files = tuple(FileId.of(os.path.join(path, name)) for name in (weights, CONFIG))
+    return Checkpoint(path, "adapter", entries, files, (), config, notes)
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:

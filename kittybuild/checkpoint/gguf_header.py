@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from kittybuild.checkpoint.folder import inside
 from kittybuild.checkpoint.source import FileId
 from kittybuild.errors import SourceError
 from kittybuild.tensors import Shape
@@ -23,7 +25,13 @@ LONGEST = 1 << 10  # no name or sentencepiece token of a real header comes near 
 _DAMAGED = "the file is damaged or incomplete: get it again"
 _WINDOW = 1 << 20
 _MOST = 1 << 24  # and no count and no text near this
+_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _CODES = "BbHhIif?sAQqd"  # the value types, by number: struct's codes, s a text, A an array
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +43,9 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor as the header has it, but `shape` in Hugging Face order and `offset` from the start of the file."""
+    """A tensor as the header has it, but `shape` in Hugging Face order and `offset` from the start of its file."""
 
+    path: str
     type: str
     shape: Shape
     offset: int
@@ -45,10 +54,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The metadata and the tensor table of a GGUF file, tensors by their GGUF names."""
+    """The metadata and the tensor table of a GGUF file, or of all parts of a split one, tensors by GGUF names."""
 
     path: str
-    file: FileId
+    files: tuple[FileId, ...]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Stored]
 
@@ -162,6 +171,41 @@ def read_header(path: str, arrays: Collection[str] = ()) -> Header:
         raise SourceError("KB201", f"cannot be read: {error.strerror}", at=path, hint=hint) from None
 
 
+def part_names(path: str) -> tuple[str, ...]:
+    """The paths of all parts of a split file, by the name of one; of any other file its own."""
+    match = _PART.fullmatch(path)
+    if match is None or int(match[3]) < 1:
+        return (path,)
+    return tuple(f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1))
+
+
+def read_parts(path: str) -> Header:
+    """The header of the GGUF file at `path`; if it is the first part of a split one, with the tensors of all parts.
+
+    Raises SourceError KB212 for another part, or if one is of another file, and KB201 if one is missing.
+    """
+    first = read_header(path)
+    count = first.get("split.count", int, 1)
+    if count < 2:
+        return first
+    names, own = part_names(path), first.get("split.no", int, 0)
+    if len(names) != count or own >= count or names[own] != path:
+        hint = "give the parts the names that they had: NAME-00001-of-00003.gguf and so on"
+        raise first.error("KB212", f"one of {count} parts of a split GGUF file, under another name", hint)
+    if own != 0:
+        raise first.error("KB212", "not the first part of a split GGUF file", f"name the first: {names[0]}")
+    folder = os.path.dirname(path)
+    parts = [first, *(read_header(inside(folder, os.path.basename(name))) for name in names[1:])]
+    for number, part in enumerate(parts):
+        if (part.get("split.no", int, 0), part.get("split.count", int, 1)) != (number, count):
+            raise part.error("KB212", f"not part {number + 1} of {count}", "get all parts again")
+    tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
+    told = first.get("split.tensors.count", int, len(tensors))
+    if not len(tensors) == told == sum(len(part.tensors) for part in parts):
+        raise first.error("KB212", f"its parts hold {len(tensors)} tensors, not {told}", "get all parts again")
+    return replace(first, files=tuple(part.files[0] for part in parts), tensors=MappingProxyType(tensors))
+
+
 def _header(cursor: _Cursor, file: FileId, arrays: Collection[str]) -> Header:
     if cursor.length < 24 or cursor.take(4) != b"GGUF":
         raise cursor.error("not a GGUF file", "KB211", "check the path, and that the file is complete")
@@ -179,7 +223,7 @@ def _header(cursor: _Cursor, file: FileId, arrays: Collection[str]) -> Header:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= _WINDOW or alignment & (alignment - 1):
         raise cursor.error(f"general.alignment is {alignment!r}")
-    return Header(cursor.path, file, MappingProxyType(metadata), _table(cursor, tensors, alignment))
+    return Header(cursor.path, (file,), MappingProxyType(metadata), _table(cursor, tensors, alignment))
 
 
 def _table(cursor: _Cursor, count: int, alignment: int) -> Mapping[str, Stored]:
@@ -205,4 +249,6 @@ def _table(cursor: _Cursor, count: int, alignment: int) -> Mapping[str, Stored]:
             why = "overlaps" if offset < end else "is misaligned" if offset % alignment else "ends past the file"
             raise cursor.error(f"tensor {name} ({nbytes} bytes at {start + offset}) {why}", "KB214")
         end = offset + nbytes
-    return MappingProxyType({name: Stored(kind, shape, start + at, n) for name, (kind, shape, at, n) in raw.items()})
+    return MappingProxyType(
+        {name: Stored(cursor.path, kind, shape, start + at, n) for name, (kind, shape, at, n) in raw.items()}
+    )

@@ -1,4 +1,4 @@
-"""Opening a source wherever it is: a folder, a GGUF or safetensors file, an adapter, a file in a package."""
+"""Opening a source wherever it is: a folder, one file of weights, an adapter, a file in a package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from importlib import metadata
 
 from kittybuild.checkpoint.adapter import is_adapter, read_adapter_folder
-from kittybuild.checkpoint.folder import read_folder
-from kittybuild.checkpoint.safetensors_file import read_safetensors
+from kittybuild.checkpoint.folder import read_folder, read_weights
+from kittybuild.checkpoint.gguf_header import part_names
+from kittybuild.checkpoint.quantized import dequantized, quantized_note
 from kittybuild.checkpoint.source import Checkpoint, FileId
 from kittybuild.digest import Digest, tagged
 from kittybuild.errors import SourceError
@@ -50,19 +51,19 @@ def open_source(path: str) -> Checkpoint:
         from kittybuild.checkpoint.gguf import read_gguf
 
         return read_gguf(path)
-    if path.endswith(".safetensors"):
-        if entries := read_safetensors(path):
-            return Checkpoint(path, "file", entries, (FileId.of(path),))
+    entries, notes = read_weights(path)
+    if not entries:
         raise SourceError("KB205", "the file holds no tensors", at=path, hint="download or copy it again")
-    hint = "give a folder with safetensors, a .safetensors file or a .gguf file"
-    raise SourceError("KB205", "not a checkpoint that we can read", at=path, hint=hint)
+    plain = dequantized(path, entries, None)
+    notes = (*notes, *plain.notes, *quantized_note(plain.entries.values()))
+    return Checkpoint(path, "file", plain.entries, (FileId.of(path),), notes=notes)
 
 
 def fingerprint(path: str) -> Digest:
     """The identity of a source as far as `stat` can tell, without opening a file. Raises SourceError KB201."""
     try:
         if not os.path.isdir(path):
-            return FileId.of(path).key()
+            return tagged("kittybuild.source.v1", [FileId.of(part).key().hex for part in part_names(path)])
         found = []
         for folder, subfolders, names in os.walk(path):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))

@@ -5,6 +5,7 @@ Files are opened once and read with positioned reads, so that any number of thre
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from typing import Protocol
@@ -60,9 +61,9 @@ class Files:
 
     def reader(self, entry: Entry) -> Reader:
         """A reader of one tensor of a source."""
-        return (
-            RawReader(self, entry.file, entry.offset, entry.spec) if entry.encoding == RAW else GgufReader(self, entry)
-        )
+        if entry.encoding == RAW:
+            return RawReader(self, entry.file, entry.offset, entry.spec)
+        return RowReader(self, entry)
 
     def close(self) -> None:
         """Close all files; doing it twice is harmless."""
@@ -89,34 +90,55 @@ class RawReader:
         self.files.read_into(self.path, self.offset + start, buffer)
 
 
-class GgufReader:
-    """A tensor that is decoded on the way, row by row."""
+class RowReader:
+    """A tensor that is decoded on the way, in whole rows. The last panel of rows is kept: the next read is in it."""
 
     def __init__(self, files: Files, entry: Entry) -> None:
-        self.files, self.entry, self.spec = files, entry, entry.spec
+        from kittybuild.checkpoint.decoding import decoder
+
+        self.files, self.spec = files, entry.spec
+        self._decoder = decoder(entry, self._stored)
+        self._row = max(1, math.prod(self.spec.shape[-1:]) * self.spec.dtype.size)
+        self._kept: tuple[int, memoryview] = 0, memoryview(b"")
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """See Reader. Whole rows are decoded and the wanted bytes taken from them."""
-        from kittybuild.checkpoint.gguf import decode_rows
+        if start + len(buffer) > self.spec.nbytes:
+            raise ValueError(f"bytes {start} to {start + len(buffer)} of {self.spec.nbytes}")
+        while buffer:
+            begin, data = self._kept
+            if not begin <= start < begin + len(data):
+                begin, data = self._decoded(start, start + len(buffer))
+            part = data[start - begin : start - begin + len(buffer)]
+            buffer[: len(part)] = part
+            start, buffer = start + len(part), buffer[len(part) :]
 
-        row = (self.spec.shape[-1] if self.spec.shape else 1) * self.spec.dtype.size
-        first, last = start // row, -(-(start + len(buffer)) // row)
-        rows = decode_rows(self.entry, self._stored, first, last)
-        begin = start - first * row
-        buffer[:] = memoryview(rows.reshape(-1).view("uint8").data)[begin : begin + len(buffer)]
+    def _decoded(self, start: int, stop: int) -> tuple[int, memoryview]:
+        """The rows from the one with byte `start` on: those up to byte `stop`, or the panel that it lies in."""
+        panel = self._decoder.panel
+        first = start // self._row // panel * panel
+        last = -(-stop // self._row) if panel == 1 else min(first + panel, self.spec.nbytes // self._row)
+        found = first * self._row, memoryview(self._decoder.rows(first, last).reshape(-1).view("uint8").data)
+        if panel > 1:
+            self._kept = found
+        return found
 
-    def _stored(self, offset: int, nbytes: int) -> bytearray:
+    def _stored(self, path: str, offset: int, nbytes: int) -> bytearray:
         stored = bytearray(nbytes)
-        self.files.read_into(self.entry.file, offset, memoryview(stored))
+        self.files.read_into(path, offset, memoryview(stored))
         return stored
 
 
 def read_companion(companion: Companion) -> bytes:
     """The bytes of a companion file. Raises SourceError KB201."""
-    if companion.derived:
+    if companion.derived and companion.path.endswith(".gguf"):
         from kittybuild.checkpoint.gguf import derived_companion
 
         return derived_companion(companion.path, companion.name)
+    if companion.derived:
+        from kittybuild.checkpoint.folder import plain_config
+
+        return plain_config(companion.path)
     try:
         with open(companion.path, "rb") as file:
             return file.read()

@@ -22,7 +22,11 @@ def read_safetensors(path: str) -> dict[str, Entry]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if head == b"version ":
+                hint = "run `git lfs pull`"
+                raise SourceError("KB202", "not the weights but a pointer of git-lfs to them", at=path, hint=hint)
             if size < 8:
                 raise _damaged(path, f"the file has {size} bytes, fewer than the 8 before the header")
             if length > size - 8:

@@ -6,6 +6,7 @@ Every path in a Checkpoint lies inside the source's own folder, and every byte r
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from kittybuild.digest import Digest, tagged
 from kittybuild.tensors import TensorSpec
 
 RAW = "raw"
+
+_PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,9 @@ class FileId:
 class Entry:
     """One tensor of a source: `spec` is what it means, the rest is where and how its bytes lie.
 
-    `offset` and `nbytes` are the stored bytes in `file`. `encoding` is RAW (the stored bytes are the tensor's own) or
-    `gguf:TYPE` (decoded on read). `heads` > 0: the rows are stored in GGUF's interleaved order of that many heads.
+    `offset` and `nbytes` are the stored bytes in `file`. `encoding` is RAW (the stored bytes are the tensor's own), or
+    says how they are decoded on reading: `gguf:TYPE`, `strides:1x4`, `scaled:F8_E4M3:128x128`, `mxfp4`. `parts`: the
+    tensors that decoding needs. `heads` > 0: the rows are stored in GGUF's interleaved order of that many heads.
     """
 
     name: str
@@ -52,6 +56,20 @@ class Entry:
     nbytes: int
     encoding: str = RAW
     heads: int = 0
+    parts: tuple[Entry, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that holds bytes of it."""
+        return tuple(dict.fromkeys((self.file, *(part.file for part in self.parts))))
+
+    @property
+    def quantized(self) -> str | None:
+        """The name of the quantized type that it is stored in; None for one that is plain."""
+        kind, _, rest = self.encoding.partition(":")
+        if kind == "gguf":
+            return None if rest.split(":")[0] in _PLAIN else rest
+        return {"scaled": f"{rest.split(':')[0]} with scales", "mxfp4": "MXFP4"}.get(kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +92,8 @@ class Checkpoint:
     companions: tuple[Companion, ...] = ()
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> dict[str, int]:
+        """How many of its tensors are stored in each quantized type."""
+        return dict(Counter(filter(None, (entry.quantized for entry in self.entries.values()))))

@@ -232,6 +232,17 @@ def test_files_that_are_not_there_or_damaged(base: Path, tmp_path: Path) -> None
     refused(folder, "KB205")
 
 
+def test_pickled_factors_are_the_same_adapter(base: Path, tmp_path: Path) -> None:
+    folder = pico_adapter(tmp_path / "a", base, 2)
+    saved = read(folder)
+    torch.save(load_tensors(folder), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    pickled = read(folder)
+    assert {m: (f.a.spec, f.b.spec, f.scale) for m, f in pickled.modules.items()} == {
+        m: (f.a.spec, f.b.spec, f.scale) for m, f in saved.modules.items()
+    }
+
+
 def test_a_link_out_of_the_folder_is_refused(base: Path, tmp_path: Path) -> None:
     folder = pico_adapter(tmp_path / "a", base, 2)
     (folder / "adapter_model.safetensors").rename(tmp_path / "elsewhere.safetensors")

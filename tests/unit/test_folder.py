@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kittybuild.checkpoint.folder import read_folder
 from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
@@ -108,6 +109,65 @@ class TestSound:
             (path / name).write_text("x", encoding="utf-8")
         names = [companion.name for companion in read_folder(str(path)).companions]
         assert names == ["chat_template.jinja", "config.json", "modeling_x.py", "sub/params.json", "tokenizer.model"]
+
+
+class TestPickled:
+    """The same folders with files of torch.save."""
+
+    def save(self, path: Path, **tensors: torch.Tensor) -> None:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(tensors, path)
+
+    def test_one_file(self, tmp_path: Path) -> None:
+        self.save(tmp_path / "model" / "pytorch_model.bin", x=torch.ones(2))
+        write_json(tmp_path / "model" / "config.json", {"model_type": "x"})
+        for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "vocab.txt"):
+            (tmp_path / "model" / name).write_bytes(b"not read")
+        found = read_folder(str(tmp_path / "model"))
+        assert (list(found.entries), found.notes, found.config) == (["x"], (), {"model_type": "x"})
+        assert [companion.name for companion in found.companions] == ["config.json", "vocab.txt"]
+
+    @pytest.mark.parametrize("name", ["state_dict.pt", "consolidated.00.pth", "weights.bin"])
+    def test_a_single_file_may_have_another_name(self, tmp_path: Path, name: str) -> None:
+        self.save(tmp_path / name, x=torch.ones(2))
+        (tmp_path / "training_args.bin").write_bytes(b"not read")
+        assert list(read_folder(str(tmp_path)).entries) == ["x"]
+
+    def test_safetensors_come_first_and_the_rest_is_noted(self, tmp_path: Path) -> None:
+        path = write_header(tmp_path / "model", X)
+        (path / "pytorch_model.bin").write_bytes(b"not read")
+        assert read_folder(str(path)).notes == ("not read, since the weights are in other files: 'pytorch_model.bin'",)
+
+    def sharded(self, tmp_path: Path, weight_map: dict[str, str]) -> Path:
+        path = tmp_path / "model"
+        self.save(path / "a.bin", x=torch.ones(2), step=torch.tensor(1))
+        torch.save({"y": torch.zeros(3), "note": "a text"}, path / "b.bin")
+        write_json(path / "pytorch_model.bin.index.json", {"weight_map": weight_map})
+        return path
+
+    def test_shards(self, tmp_path: Path) -> None:
+        found = read_folder(str(self.sharded(tmp_path, {"x": "a.bin", "step": "a.bin", "y": "b.bin"})))
+        assert set(found.entries) == {"x", "step", "y"}
+        assert found.notes == ("b.bin: not read, since it is no tensor: 'note'",)
+        assert {os.path.basename(file.path) for file in found.files} == {
+            "a.bin",
+            "b.bin",
+            "pytorch_model.bin.index.json",
+        }
+
+    def test_an_index_that_leads_out_is_refused(self, tmp_path: Path) -> None:
+        self.save(tmp_path / "other" / "a.bin", x=torch.ones(2))
+        refused(self.sharded(tmp_path, {"x": "../other/a.bin"}), "KB204")
+
+    def test_an_index_that_does_not_fit_is_refused(self, tmp_path: Path) -> None:
+        path = self.sharded(tmp_path, {"x": "a.bin", "y": "b.bin"})
+        assert "shards hold tensors the index lacks: 'step'" in refused(path, "KB205").message
+
+    def test_a_link_that_leads_out_is_refused(self, tmp_path: Path) -> None:
+        self.save(tmp_path / "other" / "a.bin", x=torch.ones(2))
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "pytorch_model.bin").symlink_to(tmp_path / "other" / "a.bin")
+        refused(tmp_path / "model", "KB204")
 
 
 class TestIndex:
@@ -247,9 +307,10 @@ class TestLinks:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ((), "holds no safetensors file"),
-        (("a.bin",), "holds no safetensors file"),
-        (("a.safetensors", "b.safetensors"), "holds 2 safetensors files and no index"),
+        ((), "holds no file of weights"),
+        (("a.gguf", "optimizer.pt"), "holds no file of weights"),
+        (("a.safetensors", "b.safetensors", "c.bin"), "2 files of weights ('a.safetensors', 'b.safetensors') and no"),
+        (("a.bin", "b.pt", "training_args.bin"), "holds 2 files of weights ('a.bin', 'b.pt') and no index"),
     ],
 )
 def test_a_folder_without_a_checkpoint_says_what_it_holds(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
@@ -269,12 +330,13 @@ class TestOpening:
     def test_each_kind_by_what_it_is(self, tmp_path: Path) -> None:
         base = pico_llama(tmp_path / "base", 1)
         adapter = pico_adapter(tmp_path / "happy", base, 2)
-        kinds = [open_source(str(path)).kind for path in (base, adapter, base / "model.safetensors")]
-        assert kinds == ["folder", "adapter", "file"]
+        torch.save({"x": torch.ones(2)}, tmp_path / "x.pth")
+        paths = (base, adapter, base / "model.safetensors", tmp_path / "x.pth")
+        assert [open_source(str(path)).kind for path in paths] == ["folder", "adapter", "file", "file"]
 
-    @pytest.mark.parametrize("name", ["model.bin", "model", "none"])
+    @pytest.mark.parametrize("name", ["model.onnx", "model", "none"])
     def test_another_file_is_no_checkpoint(self, tmp_path: Path, name: str) -> None:
-        (tmp_path / "model.bin").write_bytes(b"x")
+        (tmp_path / "model.onnx").write_bytes(b"x")
         (tmp_path / "model").write_bytes(b"x")
         with pytest.raises(SourceError) as caught:
             open_source(str(tmp_path / name))

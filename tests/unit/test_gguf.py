@@ -110,9 +110,9 @@ class Model:
 
 
 def decoded(entry: Entry, cuts: tuple[int, ...] = ()) -> np.ndarray:
-    def read(offset: int, nbytes: int) -> bytes:
+    def read(path: str, offset: int, nbytes: int) -> bytes:
         assert entry.offset <= offset <= offset + nbytes <= entry.offset + entry.nbytes
-        with open(entry.file, "rb") as file:
+        with open(path, "rb") as file:
             file.seek(offset)
             return file.read(nbytes)
 
@@ -166,9 +166,9 @@ def test_how_a_tensor_is_cut_does_not_matter(tiny, data):
 def test_rows_outside_and_short_reads_are_refused(tiny):
     entry = tiny.entries["model.norm.weight"]
     with pytest.raises(ValueError, match="rows 0 to 2 of 1"):
-        decode_rows(entry, lambda offset, nbytes: b"", 0, 2)
+        decode_rows(entry, lambda path, offset, nbytes: b"", 0, 2)
     with pytest.raises(SourceError, match="ends early"):
-        decode_rows(entry, lambda offset, nbytes: b"", 0, 1)
+        decode_rows(entry, lambda path, offset, nbytes: b"", 0, 1)
 
 
 def test_the_config_says_what_the_metadata_says(tmp_path):
@@ -240,7 +240,7 @@ MATRIX = np.ones((HIDDEN, HIDDEN), np.float32)
     ("model", "code", "words"),
     [
         (Model("lama"), "KB215", "'lama'"),
-        (Model(metadata={"split.count": 3}), "KB212", "split"),
+        (Model(metadata={"split.count": 3}), "KB212", "one of 3 parts of a split GGUF file, under another name"),
         (Model(tensors={"blk.1.attn_qkv.weight": MATRIX}), "KB216", "blk.1.attn_qkv.weight"),
         (Model(tensors={"blk.2.attn_q.weight": MATRIX}), "KB216", "blk.2.attn_q.weight"),
         (Model(tensors={"blk.0.attn_q.bias": MATRIX[0]}), "KB216", "missing: blk.0.attn_k.bias"),
@@ -403,7 +403,7 @@ def test_companions_are_those_that_can_be_made_and_notes_what_cannot(tmp_path):
     assert checkpoint.companions == tuple(Companion(name, path, derived=True) for name in names)
     assert derived_companion(path, "chat_template.jinja") == b"{{ messages }}"
     lost = ["llama.attention.sliding_window is not carried over: 64", "tokenizer.chat_template.rag is not carried over"]
-    assert checkpoint.notes == tuple(lost)
+    assert checkpoint.notes == (*lost, "quantized: of its tensors, 15 as Q4_1, are read as float32")
     with pytest.raises(SourceError, match=r"no vocab\.txt"):
         derived_companion(path, "vocab.txt")
 
@@ -456,7 +456,7 @@ def test_the_real_tensors_and_config_are_those_that_transformers_reads(smol):
     assert ours.pop("architectures") == [type(peer).__name__]
     for key in sorted(ours.keys() - {"_name_or_path", "transformers_version"}):
         assert ours[key] == theirs[key], key
-    assert smol.notes == ()
+    assert smol.notes == ("quantized: of its tensors, 210 as Q4_1, 1 as Q8_0, are read as float32",)
 
 
 @pytest.mark.real
