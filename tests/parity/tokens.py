@@ -1,0 +1,223 @@
+"""Aligns the tables of pico models by their tokenizers, with kittybuild and with mergekit 0.1.5, and compares each row.
+
+    python -m tests.parity.tokens --mergekit ENVIRONMENT [--real FOLDER]
+
+mergekit's ids of a union depend on the order of a hash map: rows are compared by their tokens. A linear merge with
+weight 1 for one model and 0 for the others shows the table of that model. What counts as equal:
+
+- both vocabularies have the same tokens, and config.json the number of rows (mergekit drops fillers: so do we, here);
+- rows that are copied, zero, or (float32) averaged: every bit; averages in bfloat16: the same or the neighbouring
+  number; rows that round up: within 2**-8 of the size of a row, since mergekit adds in the dtype of the tables.
+
+`--real`: a folder of folders with real tokenizers, each pair of which is compared too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from kittybuild.model.recipe import ModelRef
+from kittybuild.model.tokenizer import ModelToken, TokenizerRequest, TokenRule
+from kittybuild.tokens.outcome import Outcome, carry_out
+from kittybuild.tokens.reading import read_vocabulary
+from tests.helpers import llama_config, llama_shapes, load_tensors, noise, write_model
+from tests.jobs import make
+from tests.parity.parity import call, places
+from tests.tokenizers import Files, byte_fallback, byte_level, files_of, read_files, write_files
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """Models by name with their tokenizers, and the request in both programs' words."""
+
+    name: str
+    models: Mapping[str, Files]
+    tokenizer: Mapping[str, Any]
+    base: str | None = "base"
+    dtype: str = "float32"
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def request(self) -> TokenizerRequest:
+        """The request as a value."""
+        rules = [
+            TokenRule(token, _source(rule.get("source")), rule.get("force", False))
+            for token, rule in self.tokenizer.get("tokens", {}).items()
+        ]
+        source = self.tokenizer["source"]
+        wanted = source if source in ("base", "union") else ModelRef(source)
+        return TokenizerRequest(wanted, tuple(rules), self.tokenizer.get("pad_to_multiple_of"))
+
+
+def _source(text: Any) -> Any:
+    if isinstance(text, str):
+        return ModelRef(text)
+    if text["kind"] == "zero":
+        return "zero"
+    return ModelToken(ModelRef(text["model"]), text.get("token"), text.get("token_id"))
+
+
+def cases() -> Iterator[Case]:
+    """All cases on tokenizers by hand."""
+    byte = {
+        "base": files_of(byte_level(["Ġthe"], ["</s>", "<b>"]), {"eos_token": "</s>"}),
+        "a": files_of(byte_level(["Ġthe", "in"], ["</s>", "<im>", "<ab>"]), {"eos_token": "</s>"}),
+        "b": files_of(byte_level(["ing", "Ġthe"], ["</s>", "<ab>", "xy"]), {"eos_token": "</s>"}),
+    }
+    words, special = ["▁the", "in", "▁cat"], ["<unk>", "<s>", "</s>"]
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    spm = {
+        "base": files_of(byte_fallback(words, special), roles),
+        "a": files_of(byte_fallback(words, [*special, "<im>"]), roles),
+        "b": files_of(byte_fallback([*words, "ing"], [*special, "<im>", "<x>"]), roles),
+    }
+    rules = {
+        "<b>": {"source": {"kind": "model_token", "model": "a", "token": "Ġthe"}, "force": True},
+        "Ġthe": {"source": {"kind": "model_token", "model": "a", "token_id": 3}},
+        "Ġth": {"source": {"kind": "zero"}, "force": True},
+        "</s>": {"source": "b", "force": True},
+        "in": {"source": "b"},
+        "ing": {"source": {"kind": "zero"}},
+    }
+    for dtype in ("float32", "bfloat16"):
+        for name, models in (("byte-level", byte), ("byte fallback", spm)):
+            for source in ("union", "base", "b"):
+                yield Case(f"{name}, {source}", models, {"source": source}, dtype=dtype)
+            yield Case(f"{name}, union without a base", models, {"source": "union"}, None, dtype)
+            yield Case(f"{name}, union, rounded up", models, {"source": "union", "pad_to_multiple_of": 64}, dtype=dtype)
+            filled = {"base": 320, "a": 300, "b": 290}
+            yield Case(f"{name}, base with fillers", models, {"source": "base"}, dtype=dtype, rows=filled)
+            yield Case(f"{name}, union with fillers", models, {"source": "union"}, dtype=dtype, rows=filled)
+        yield Case("rules", byte, {"source": "union", "tokens": rules}, dtype=dtype)
+
+
+def real(folder: Path) -> Iterator[Case]:
+    """All pairs of real tokenizers."""
+    found = {path.name: read_files(path) for path in sorted(folder.iterdir()) if (path / "tokenizer.json").is_file()}
+    for (one, first), (two, second) in combinations(found.items(), 2):
+        for source in ("union", "base", "other"):
+            yield Case(f"{one} and {two}, {source}", {"base": first, "other": second}, {"source": source})
+
+
+# ---- one case
+
+
+def run(case: Case, folder: Path, environment: str) -> list[str]:
+    """What differs, a line each."""
+    rows = write_models(case, folder)
+    vocabularies = {}
+    for name, files in case.models.items():
+        vocabulary = read_vocabulary(files, rows[name], name)
+        assert vocabulary is not None
+        vocabularies[ModelRef(name)] = vocabulary
+    files = {ModelRef(name): tokenizer for name, tokenizer in case.models.items()}
+    base = ModelRef(case.base) if case.base else None
+    ours = carry_out(case.request, vocabularies, files, base, fillers=False)
+    problems = []
+    for chosen in case.models:
+        theirs = merged(case, chosen, folder, environment)
+        count = json.loads((theirs / "config.json").read_text())["vocab_size"]
+        if count != ours.rows:
+            problems.append(f"{chosen}: {ours.rows} rows, {count} in mergekit")
+            continue
+        ids = read_vocabulary(read_files(theirs), count, "mergekit")
+        assert ids is not None
+        if set(ids.ids) != set(ours.vocabulary.ids):
+            odd = sorted(set(ids.ids) ^ set(ours.vocabulary.ids))
+            problems.append(f"{chosen}: other tokens: {odd[:5]}")
+            continue
+        tables = load_tensors(theirs)
+        for name in TABLES:
+            found = aligned(ours, chosen, name, folder)
+            problems += [f"{chosen}: {name}: {p}" for p in compared(ours, chosen, found, tables[name], ids.ids)]
+    return problems
+
+
+def write_models(case: Case, folder: Path) -> dict[str, int]:
+    """Pico models with these tokenizers; returns the rows of their tables."""
+    rows = {}
+    for seed, (name, files) in enumerate(case.models.items(), start=1):
+        vocabulary = read_vocabulary(files, 0, name)
+        assert vocabulary is not None
+        rows[name] = case.rows.get(name, vocabulary.end)
+        shapes = llama_shapes(layers=1, width=WIDTH, vocab=rows[name])
+        kind = getattr(torch, case.dtype)
+        tensors = {tensor: noise(seed, tensor, shape).to(kind) for tensor, shape in shapes.items()}
+        config = llama_config(layers=1, width=WIDTH, vocab=rows[name], tie=False, dtype=case.dtype)
+        write_model(folder / name, tensors, config)
+        write_files(folder / name, files)
+    return rows
+
+
+def merged(case: Case, chosen: str, folder: Path, environment: str) -> Path:
+    """mergekit's output that shows the table of the model `chosen`."""
+    models = [{"model": name, "parameters": {"weight": float(name == chosen)}} for name in case.models]
+    config: dict[str, Any] = {"merge_method": "linear", "models": models, "dtype": case.dtype}
+    config |= {"tokenizer": dict(case.tokenizer), **({"base_model": case.base} if case.base else {})}
+    path = folder / f"{chosen}.yml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    call([f"{environment}/bin/mergekit-yaml", path.name, f"out-{chosen}", "--no-write-model-card", "--quiet"], folder)
+    return folder / f"out-{chosen}"
+
+
+def aligned(ours: Outcome, chosen: str, name: str, folder: Path) -> Tensor:
+    """Our table of that model."""
+    gathered = ours.tables[ModelRef(chosen)]
+    inputs = [load_tensors(folder / str(ref))[name] for ref in gathered.models]
+    params = {"axis": 0, "rows": str(gathered.rows)}
+    return make("rows", inputs, params, shape=(ours.rows, WIDTH)).tensor
+
+
+def compared(ours: Outcome, chosen: str, found: Tensor, wanted: Tensor, ids: Mapping[str, int]) -> Iterator[str]:
+    """Which rows differ by more than the module's docstring allows."""
+    made = list(ours.tables[ModelRef(chosen)].rows.rows())
+    here = torch.tensor(list(ours.vocabulary.ids.values()))
+    there = torch.tensor([ids[token] for token in ours.vocabulary.ids])
+    x, y = found[here], wanted[there]
+    averaged = torch.tensor([len(made[number]) > 1 for number in here.tolist()])
+    off = (x != y).any(1)
+    if x.dtype == torch.bfloat16:
+        near = (places(x).view(x.shape) - places(y).view(y.shape)).abs().amax(1) <= 1
+        off &= ~(averaged & near)
+    for number in here[off].tolist()[:3]:
+        yield f"the row of {ours.vocabulary.tokens[number]!r} differs"
+    means = found[len(made) :].double() - wanted[len(made) :].double()
+    if len(means) and float(means.abs().max()) > 2.0**-8 * float(wanted.double().square().mean().sqrt()):
+        yield f"the means differ by {float(means.abs().max())}"
+
+
+def main() -> int:
+    """Run all cases, print a line each, return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mergekit", required=True, help="the environment with mergekit==0.1.5")
+    parser.add_argument("--real", type=Path, help="a folder of folders with real tokenizers")
+    parser.add_argument("--only", default="", help="only the cases with this in their name")
+    arguments = parser.parse_args()
+    failed = 0
+    for case in (*cases(), *(real(arguments.real) if arguments.real else ())):
+        if arguments.only not in case.name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            problems = run(case, Path(folder), arguments.mergekit)
+        failed += bool(problems)
+        print(f"{case.dtype:<9} {case.name}: {'; '.join(problems) or 'equal'}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
