@@ -55,7 +55,7 @@ def main() -> None:
         return run([os.path.join(options.mergekit, "bin", "mergekit-yaml"), config, out, "--quiet"])
 
     commands = {"mergekit 0.1.5": mergekit} if options.mergekit else {}
-    results = in_turn({**commands, "kittybuild": kittybuild}, options.rounds)
+    results = in_turn({**commands, "kittybuild": kittybuild}, options.rounds, paths)
     print(table(results, next(iter(results))))
 
 
