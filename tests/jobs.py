@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kittybuild.builders import floats
 from kittybuild.builders.base import BLOCK, Builders
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.digest import Digest
-from kittybuild.executor.blocks import Feed, Output, StreamJob, torch_dtype
+from kittybuild.executor.blocks import Output, StreamJob
 from kittybuild.executor.budget import streamed
-from kittybuild.model.derivation import Derivation, SourceTensor
+from kittybuild.executor.feed import Feed
+from kittybuild.model.derivation import KITTY_1, Derivation, SourceTensor
 from kittybuild.tensors import DType, TensorRef, TensorSpec
 
-torch.set_num_threads(1)  # as the executor does
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's name for a dtype."""
+    found = getattr(torch, dtype.torch_name)
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
@@ -81,20 +88,32 @@ def make(
     params: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
     blocks: int = 4,
     builders: Builders = BUILTIN,
+    numerics: str = KITTY_1,
 ) -> Made:
-    """Run a builder as the executor does. `dtype`: of the output, else the first input's; `blocks`: leaves a block."""
+    """Run a builder as the executor does. `dtype`, `shape`: of the output, else the first input's; `blocks`: leaves (or
+    rows) a block.
+    """
+    output = TensorSpec(dtype_of(dtype or inputs[0].dtype), tuple(inputs[0].shape if shape is None else shape))
+    given = tuple(SourceTensor("memory", str(index), spec_of(tensor)) for index, tensor in enumerate(inputs))
+    known = builders.get(builder, numerics)
+    assert known is not None, (builder, numerics)
+    drv = Derivation(builder, known.version, dict(params or {}), given, output, numerics)
+    return realised(drv, inputs, blocks=blocks, builders=builders)
+
+
+def realised(drv: Derivation, inputs: Sequence[Tensor], *, blocks: int = 4, builders: Builders = BUILTIN) -> Made:
+    """What a derivation makes of these inputs."""
     feeds = [Memory.of(tensor) for tensor in inputs]
-    output = TensorSpec(dtype_of(dtype or inputs[0].dtype), tuple(inputs[0].shape))
-    given = tuple(SourceTensor("memory", str(index), feed.spec) for index, feed in enumerate(feeds))
-    known = builders[builder]
-    drv = Derivation(builder, known.version, dict(params or {}), given, output)
+    known, output = builders.behind(drv), drv.output
     refs = [Feed(feed, TensorRef(Digest.of(feed.data), feed.spec)) for feed in feeds]
-    job = StreamJob(drv, tuple(refs), streamed(known, drv), blocks * BLOCK)
+    row = math.prod(output.shape[-1:])
+    job = StreamJob(drv, tuple(refs), streamed(known, drv), blocks * (max(1, row) if known.rows else BLOCK))
     sink = Memory(output, bytearray(output.nbytes))
     out = Output(output, sink)
-    job.run(known.prepare(job), out)
+    job.make(known, out)
     ref, _ = out.result()
     assert ref.spec == output
     return Made(sink.tensor(), ref.digest, out.nonfinite, [feed.given for feed in feeds])
@@ -124,3 +143,9 @@ def halved(values: list[float]) -> float:
         half = len(values) // 2
         values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]
     return values[0] if values else 0.0
+
+
+def rounded(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """Working values rounded once to a dtype, as outputs are."""
+    array = floats.rounded(result.contiguous().numpy(), dtype_of(dtype))
+    return torch.from_numpy(array.view(f"i{array.itemsize}")).view(dtype)

@@ -8,7 +8,7 @@ from kittybuild.builders.base import Block, Builder, Combine, Job
 from kittybuild.errors import BuildError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kittybuild.builders.floats import Array
 
 
 def _cast(job: Job) -> Combine:
@@ -18,12 +18,12 @@ def _cast(job: Job) -> Combine:
 
 def _same(job: Job) -> Combine:
     """The first input, which all others must equal bit for bit (integer buffers are never averaged)."""
-    import torch
+    import numpy as np
 
-    def combine(block: Block) -> Tensor:
+    def combine(block: Block) -> Array:
         first, *others = block.inputs
         for index, other in enumerate(others, start=2):
-            if not first.view(torch.uint8).equal(other.view(torch.uint8)):
+            if not np.array_equal(first.view(np.uint8), other.view(np.uint8)):
                 raise BuildError(
                     "KB503",
                     f"integer inputs differ: input {index} is not the same as input 1",
@@ -35,4 +35,4 @@ def _same(job: Job) -> Combine:
 
 
 CAST = Builder("cast", 1, _cast, scratch=0)
-SAME = Builder("same", 1, _same, scratch=0)
+SAME = Builder("same", 1, _same, scratch=1)

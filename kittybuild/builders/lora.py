@@ -9,7 +9,7 @@ from kittybuild.builders.base import Block, Builder, Combine, Job
 from kittybuild.builders.numerics import exact_product, exact_slices
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kittybuild.builders.floats import Array
 
 
 def _lora(job: Job) -> Combine:
@@ -27,18 +27,23 @@ def _lora(job: Job) -> Combine:
         inner = right.shape[0]
         factors.append((exact_slices(left, inner, rows=True), exact_slices(right, inner, rows=False), scale))
 
-    def combine(block: Block) -> Tensor:
+    def combine(block: Block) -> Array:
         weight = block.inputs[0]
         done = 0
-        for rows, across in _rectangles(block.start, block.start + weight.numel(), columns):
-            total: Tensor | None = None
+        for rows, across in _rectangles(block.start, block.start + block.count, columns):
+            total: Array | None = None
             for left, right, scale in factors:
-                part = exact_product([s[rows] for s in left], [s[:, across] for s in right]).mul_(scale)
-                total = part if total is None else total.add_(part)
+                part = exact_product([s[rows] for s in left], [s[:, across] for s in right])
+                part *= scale
+                if total is None:
+                    total = part
+                else:
+                    total += part
             if total is not None:
-                piece = weight[done : done + total.numel()]
-                piece.copy_(total.view(-1).add_(piece))
-                done += total.numel()
+                piece, flat = weight[done : done + total.size], total.reshape(-1)
+                flat += piece
+                piece[:] = flat
+                done += total.size
         return weight
 
     return combine

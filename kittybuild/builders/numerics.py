@@ -5,7 +5,6 @@
 - Scalars: correctly rounded at 120 bits by mpmath, then rounded once to float64.
 - Matrix products: operands are cut into slices so short that float64 sums of their products are exact in any order
   (error-free splitting: Ozaki, Ogita, Oishi, Rump, Numerical Algorithms 59, 2012).
-- Results: rounded once, from float64 too; every NaN is the same NaN.
 """
 
 from __future__ import annotations
@@ -13,45 +12,85 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from kittybuild.builders.base import BLOCK
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from kittybuild.builders.floats import Array
 
 _BITS = 120
 _MPMATH = threading.Lock()
 """mpmath keeps constants in variables that two threads may not fill at once."""
+_AT_ONCE = 3
+"""Products of pairs that are summed together: more take more memory, fewer more steps."""
 _SMALLEST = -900
 """Exponent at which a row of a matrix counts as zero: far below float32, far above where float64 scales end."""
 
 
-def tree_sums(rows: Tensor) -> list[float]:
-    """The sum of each row of a 2-D float64 tensor, as if filled with zeros to a power of two; overwrites it."""
-    values = rows.numpy()  # the same sums as torch's, in a third of the time: most steps are short
-    width = values.shape[1]
+def tree_sums(rows: Array) -> list[float]:
+    """The sum of each row of a 2-D float64 array, as if filled with zeros to a power of two; overwrites it."""
+    width = rows.shape[1]
     while width > 1:
         half = 1 << ((width - 1).bit_length() - 1)
-        values[:, : width - half] += values[:, half:width]
+        rows[:, : width - half] += rows[:, half:width]
         width = half
-    return values[:, 0].tolist()  # type: ignore[no-any-return]
+    return rows[:, 0].tolist()  # type: ignore[no-any-return]
 
 
-def dots(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
-    """For each leaf of 1-D tensors that start at a leaf boundary, the dot products of these pairs of them.
+def dots(arrays: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
+    """For each leaf of 1-D arrays that start at a leaf boundary, the dot products of these pairs of them.
 
-    The products are exact for float32 tensors, and rounded once for float64.
+    The products are exact for float32 arrays, and rounded once for float64.
     """
-    import torch
+    for start in range(0, len(arrays[0]), BLOCK):
+        leaves = [array[start : start + BLOCK] for array in arrays]
+        yield [total for products in _products(leaves, pairs) for total in tree_sums(products)]
 
-    for start in range(0, tensors[0].numel(), BLOCK):
-        leaves = [tensor[start : start + BLOCK].double() for tensor in tensors]
-        products = leaves[0].new_empty(len(pairs), len(leaves[0]))
-        for row, (i, j) in zip(products, pairs, strict=True):
-            torch.mul(leaves[i], leaves[j], out=row)
-        yield tree_sums(products)
+
+def row_dots(arrays: Sequence[Array], pairs: Sequence[tuple[int, int]], width: int) -> Array:
+    """The dot products of these pairs of 1-D arrays of whole rows: a row for each pair, a column for each of theirs.
+
+    In float64; each row of the arrays is one tree of its `width` elements.
+    """
+    import numpy as np
+
+    found = np.empty((len(pairs), len(arrays[0]) // width))
+    several = max(1, BLOCK // width)
+    for first in range(0, found.shape[1], several):
+        leaves = [array[first * width : (first + several) * width] for array in arrays]
+        sums = [total for products in _products(leaves, pairs) for total in tree_sums(products.reshape(-1, width))]
+        found[:, first : first + several] = np.reshape(sums, (len(pairs), -1))
+    return found
+
+
+def _products(leaves: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> Iterator[Array]:
+    """The element-wise products of these pairs in float64, three at a time in one place."""
+    import numpy as np
+
+    place = np.empty((min(_AT_ONCE, len(pairs)), len(leaves[0])))
+    wide: dict[int, Array] = {}
+    for few in range(0, len(pairs), _AT_ONCE):
+        several = pairs[few : few + _AT_ONCE]
+        for row, pair in zip(place, several, strict=False):
+            wide = {index: leaf for index, leaf in wide.items() if index in pair}
+            wide |= {index: leaves[index].astype(np.float64, copy=False) for index in set(pair) - wide.keys()}
+            np.multiply(wide[pair[0]], wide[pair[1]], out=row)
+        yield place[: len(several)]
+
+
+@contextmanager
+def reals() -> Iterator[Any]:
+    """mpmath with numbers of 120 bits, for longer calculations with scalars: a context of our own, as that of
+    mpmath.mp is shared with other threads; one thread at a time.
+    """
+    import mpmath
+
+    with _MPMATH:
+        context = mpmath.mp.clone()
+        context.prec = _BITS
+        yield context
 
 
 def arc_cosine_weights(cosine: float, t: float) -> tuple[float, float]:
@@ -74,79 +113,47 @@ def arc_cosine_weights(cosine: float, t: float) -> tuple[float, float]:
     return near, far
 
 
-def exact_slices(matrix: Tensor, inner: int, *, rows: bool) -> list[Tensor]:
+def exact_slices(matrix: Array, inner: int, *, rows: bool) -> list[Array]:
     """One or two float64 slices whose sum is `matrix`, each of few enough leading bits for exact products.
 
     Each row (column) of a slice holds integers below 2 ** bits times one power of two, where sums of `inner` products
     of such integers stay below 2 ** 53. Two slices hold at least 40 bits below the largest element of each row (column)
     for inner <= 8192.
     """
-    import torch
+    import numpy as np
 
     bits = (53 - math.ceil(math.log2(max(inner, 2)))) // 2
-    rest = matrix.to(torch.float64, copy=True)
-    _, exponent = torch.frexp(rest.abs().amax(dim=1 if rows else 0, keepdim=True))
-    exponent.clamp_(_SMALLEST, 1024)  # an element that is not finite has any exponent
+    rest = matrix.astype(np.float64)
+    _, exponent = np.frexp(np.abs(rest).max(axis=1 if rows else 0, keepdims=True))
+    exponent = exponent.clip(_SMALLEST, 1024)  # an element that is not finite has any exponent
     slices = []
     for step in (1, 2):
         scale = _power_of_two(exponent - step * bits)
-        part = torch.div(rest, scale).round_().mul_(scale)
-        rest.sub_(part)
-        if step == 1 or bool(part.any()):
+        part = rest / scale
+        np.rint(part, out=part)
+        part *= scale
+        rest -= part
+        if step == 1 or part.any():
             slices.append(part)
     return slices
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def _power_of_two(exponent: Array) -> Array:
     """2 ** exponent as float64, by its bits; for exponents of normal numbers."""
-    import torch
+    import numpy as np
 
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return ((exponent.astype(np.int64) + 1023) << 52).view(np.float64)
 
 
-def exact_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+def exact_product(left: Sequence[Array], right: Sequence[Array]) -> Array:
     """The product of two sliced matrices in float64, by exact partial products. Its transpose has the same bits.
 
-    The product of the two second slices lies below the rounding of the result and is left out.
+    The product of the two second slices lies below the rounding of the result and is left out. Zeros are positive.
     """
     total = left[0] @ right[0]
     lesser = [left[0] @ second for second in right[1:]] + [second @ right[0] for second in left[1:]]
     if len(lesser) == 2:  # added to each other first, so that neither side comes before the other
-        lesser[0].add_(lesser.pop())
-    return total.add_(lesser[0]) if lesser else total
-
-
-def rounded(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """`result` rounded once to `dtype`, to nearest, ties to even.
-
-    torch rounds float64 to float32 on the way to shorter floats: here that step rounds to odd, which loses nothing.
-    """
-    import torch
-
-    if result.dtype == torch.float64 and dtype.is_floating_point and dtype.itemsize < 4:
-        result = _rounded_to_odd(result)
-    return result.to(dtype)
-
-
-def _rounded_to_odd(result: Tensor) -> Tensor:
-    """float64 to float32 toward zero, with the last bit set where that is inexact."""
-    import torch
-
-    near = result.float()
-    back = near.double()
-    bits = near.view(torch.int32)
-    bits -= (back.abs() > result.abs()).int()
-    bits |= (back != result).int()
-    return near
-
-
-def one_nan(tensor: Tensor) -> Tensor:
-    """`tensor` in place with one bit pattern for every NaN; which one arises depends on the CPU."""
-    import torch
-
-    quiet = {2: 0x7E00, 4: 0x7FC0_0000, 8: 0x7FF8_0000_0000_0000}
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    size = tensor.element_size()
-    pattern = 0x7FC0 if tensor.dtype == torch.bfloat16 else quiet.get(size, 0x7F)
-    tensor.view(integers[size]).masked_fill_(tensor.isnan(), pattern)
-    return tensor
+        lesser[0] += lesser.pop()
+    for part in (*lesser, 0.0):  # what sign a zero has differs from one BLAS to another
+        total += part
+    return total

@@ -5,9 +5,22 @@ from __future__ import annotations
 from kittybuild.builders.base import Builders
 from kittybuild.builders.copying import CAST, SAME
 from kittybuild.builders.lora import LORA
+from kittybuild.builders.merge.arcee_fusion import ARCEE_FUSION
 from kittybuild.builders.merge.linear import LINEAR
+from kittybuild.builders.merge.model_stock import MODEL_STOCK
+from kittybuild.builders.merge.nearswap import NEARSWAP
 from kittybuild.builders.merge.passthrough import PASSTHROUGH
-from kittybuild.builders.merge.slerp import SLERP
-from kittybuild.builders.merge.task_arithmetic import TASK_ARITHMETIC, TIES
+from kittybuild.builders.merge.ram import RAM, RAMPLUS_TL
+from kittybuild.builders.merge.sce import SCE
+from kittybuild.builders.merge.slerp import NUSLERP, SLERP
+from kittybuild.builders.merge.spherical import KARCHER, MULTISLERP
+from kittybuild.builders.merge.tall_masks import CONSENSUS_TA, CONSENSUS_TIES
+from kittybuild.builders.merge.task_arithmetic import FAMILY
+from kittybuild.builders.peers import mergekit_0_1_4, mergekit_0_1_5, mergekitty_0_3
+from kittybuild.builders.vocab import ROWS
 
-BUILTIN = Builders.of(CAST, SAME, LORA, LINEAR, SLERP, TASK_ARITHMETIC, TIES, PASSTHROUGH)
+SPHERICAL = (SLERP, NUSLERP, MULTISLERP, KARCHER)
+DIFFERENCES = (*FAMILY, CONSENSUS_TA, CONSENSUS_TIES, MODEL_STOCK, SCE, RAM, RAMPLUS_TL)
+PAIRED = (NEARSWAP, ARCEE_FUSION)
+PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
+BUILTIN = Builders.of(CAST, SAME, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH, *PEERS)

@@ -15,7 +15,7 @@ from kittybuild.errors import BuildError, KittybuildError
 from kittybuild.executor.blocks import Output, StreamJob
 from kittybuild.executor.budget import block_elements, streamed
 from kittybuild.executor.feed import Feed, Sink
-from kittybuild.executor.order import Given, Order, Report, Slot
+from kittybuild.executor.order import Given, Order, Report, Slot, needs_torch
 from kittybuild.store.disk import Disk
 from kittybuild.store.problems import guarded
 from kittybuild.tensors import TensorSpec
@@ -78,12 +78,16 @@ def _pen(slot: Slot, disk: Disk) -> Iterator[_Pen]:
 
 def _make(order: Order, tools: Tools, sink: Sink) -> Report:
     drv, builder = order.drv, tools.builders.behind(order.drv)
+    if needs_torch(drv):
+        from kittybuild.executor.machine import check_machine
+
+        check_machine(drv.numerics)
     fed = [_feed(given, tools) for given in order.inputs]
     feeds = tuple(feed for feed, _ in fed)
     job = StreamJob(drv, feeds, streamed(builder, drv), block_elements(builder, drv, order.share))
     output = Output(drv.output, sink)
     try:
-        job.run(builder.prepare(job), output)
+        job.make(builder, output)
     except KittybuildError as error:
         error.at = error.at or order.name
         raise

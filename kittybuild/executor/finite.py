@@ -1,10 +1,14 @@
-"""Counting NaN and infinities by the bits of the exponent, without torch: for bytes of every float dtype."""
+"""NaN and infinities: counted by the bits of the exponent, for bytes of every float dtype, and what is said of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
+from kittybuild.errors import BuildError
 from kittybuild.tensors import DType
+
+_SHOWN = 6
 
 _ALL_ONES = MappingProxyType(
     {
@@ -25,3 +29,13 @@ def nonfinite(data: memoryview, dtype: DType) -> int:
     bits = np.frombuffer(data, dtype=f"<u{dtype.size}")
     ones = bits.dtype.type(_ALL_ONES[dtype])
     return int(np.count_nonzero((bits & ones) == ones))
+
+
+def not_finite(stage: str, counts: Mapping[str, int]) -> BuildError:
+    """The error for tensors of a stage that hold so many of them."""
+    names = list(counts)
+    shown = "".join(f"\n  {name}: {counts[name]:,}" for name in names[:_SHOWN])
+    more = f"\n  and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    what = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
+    hint = "see whether the inputs hold them or the parameters make them; `allow_nan: true` lets them pass"
+    return BuildError("KB508", f"{what} would hold elements that are NaN or infinite:{shown}{more}", at=stage, hint=hint)

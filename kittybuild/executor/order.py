@@ -57,3 +57,8 @@ class Report:
     nonfinite: int
     inputs: tuple[TensorRef, ...]
     first: tuple[Report | None, ...]
+
+
+def needs_torch(drv: Derivation) -> bool:
+    """Whether a derivation's arithmetic is torch's: its class then names torch's version and the machine."""
+    return ";" in drv.numerics

@@ -15,12 +15,12 @@ from kittybuild.checkpoint.reading import Files, RawReader
 from kittybuild.digest import Digest
 from kittybuild.executor.budget import block_elements, cost
 from kittybuild.executor.feed import Feed, Sink
-from kittybuild.executor.finite import nonfinite
+from kittybuild.executor.finite import nonfinite, not_finite
 from kittybuild.executor.order import Given, Order, Report, Slot
 from kittybuild.executor.workers import Workers
 from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
 from kittybuild.model.plan import inputs_of
-from kittybuild.planner.known import Known, memo_name
+from kittybuild.planner.known import Known
 from kittybuild.store.store import Location, Store
 from kittybuild.tensors import TensorRef
 
@@ -82,15 +82,23 @@ class Realiser:
     def _learn(self, drv: Derivation, report: Report) -> Made:
         for given, ref, first in zip(drv.inputs, report.inputs, report.first, strict=True):
             if first is not None and isinstance(given, StageTensor):
-                self._learn(self._behind(given), first)
+                self.check_finite(given.stage, given.name, self._learn(self._behind(given), first))
             self._note(given, ref)
         key = drv.key(report.inputs)
         self.store.realise({key: report.ref})
         return Made(report.ref, report.xxh3, key, report.nonfinite)
 
+    def check_finite(self, stage: str, name: str, made: Made) -> None:
+        """Record NaN and infinities; raises BuildError KB508 if a stage that does not allow them has some."""
+        if made.nonfinite:
+            self.store.set_nonfinite({made.ref.digest: made.nonfinite})
+            if not self.known.plan.stages[stage].allow_nan:
+                raise not_finite(stage, {name: made.nonfinite})
+
     def _note(self, given: Input, ref: TensorRef) -> None:
         if isinstance(given, SourceTensor):  # what was made of other bytes must not be recorded
-            self.known.check_unchanged(self.known.entry(given).file)
+            for path in self.known.entry(given).files:
+                self.known.check_unchanged(path)
         if self.known.ref(given) is None:
             self.known.learn(given, ref)
 
@@ -150,7 +158,7 @@ def remember_sources(known: Known, store: Store) -> None:
     for given, ref in known.contents():
         if isinstance(given, SourceTensor):
             entry = known.entry(given)
-            facts.setdefault(entry.file, {})[memo_name(entry)] = ref.digest
+            facts.setdefault(entry.file, {})[known.memo_name(entry)] = ref.digest
     for path, found in facts.items():
         known.check_unchanged(path)
         store.remember(known.file_id(path).key(), found)

@@ -19,9 +19,11 @@ from kittybuild.errors import BuildError, KittybuildError
 from kittybuild.executor.budget import Budget
 from kittybuild.executor.crew import Crew
 from kittybuild.executor.events import Events
+from kittybuild.executor.finite import not_finite
+from kittybuild.executor.order import needs_torch
 from kittybuild.executor.realise import Made, Realiser, remember_sources
 from kittybuild.executor.workers import Processes, Threads, Workers
-from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor
+from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor, Step
 from kittybuild.model.manifest import ManifestShard
 from kittybuild.model.plan import StagePlan
 from kittybuild.planner.known import Known
@@ -47,7 +49,6 @@ class StageResult:
     written: int = 0
     linked: int = 0
     shards: list[ManifestShard] = field(default_factory=list)
-    nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,7 @@ class _Run:
     def _stage(self, name: str, result: StageResult) -> None:
         work = stage_work(self.known.plan, name, self.known)
         stage = work.stage
+        self._check_known(stage)
         result.shards.clear()
         result.linked = result.written = 0
         self.events.stage(name, sum(spec.nbytes for spec in work.specs((*work.compute, *work.copy))))
@@ -182,8 +184,9 @@ class _Run:
         if not stage.shards:
             groups = shards_of({name: stage.steps[name] for name in work.compute}, DEFAULT_SHARD)
             shards = [Shard(layout_of(stage, names), None, False) for names in groups if names]
-        if any(not isinstance(stage.steps[tensor], SourceTensor) for tensor in work.compute):
-            self.workers.start()
+        drvs = [self._behind(stage.steps[tensor]) for tensor in work.compute]
+        if any(drvs):
+            self.workers.start(torch=any(needs_torch(drv) for drv in drvs if drv))
         begun: list[tuple[Shard, Future[ManifestShard]]] = []
         for index, shard in enumerate(shards):
             begun.append((shard, self._shard(stage, shard, result)))
@@ -194,6 +197,19 @@ class _Run:
             result.linked += shard.present
             result.written += not shard.present
             self.written += 0 if shard.present else shard.layout.size
+
+    def _behind(self, step: Step) -> Derivation | None:
+        """The derivation behind a step; None for a source's tensor."""
+        step = self.known.plan.step(step) if isinstance(step, StageTensor) else step
+        return step if isinstance(step, Derivation) else None
+
+    def _check_known(self, stage: StagePlan) -> None:
+        """What the store has may hold NaN that another stage allowed."""
+        refs = {name: self.known.ref(step, stage.name, name) for name, step in stage.steps.items()}
+        counts = self.store.nonfinite([ref.digest for ref in refs.values() if ref]) if not stage.allow_nan else {}
+        if counts:
+            known = {name: ref.digest for name, ref in refs.items() if ref}
+            raise not_finite(stage.name, {name: counts[digest] for name, digest in known.items() if digest in counts})
 
     def _shard(self, stage: StagePlan, shard: Shard, result: StageResult) -> Future[ManifestShard]:
         """Begin a shard; the future is done when its pack is in the store."""
@@ -228,11 +244,11 @@ class _Run:
             with self.budget.admit(self.realiser.cost(step)):
                 made = self.realiser.make(f"{stage.name}: {name}", step, writer.place(name))
             self.known.learn(tensor, made.ref)
-            self._done(writer, name, made, result)
+            self._done(stage, writer, name, made, result)
         else:
             with self.budget.admit(self.realiser.cost(step)):
                 made = self.realiser.take(name, step, _Slot(writer, name), writer.place(name))
-            self._done(writer, name, made, result)
+            self._done(stage, writer, name, made, result)
         self.events.advance(step.spec.nbytes)
         self._flush_now_and_then(writer, step.spec.nbytes)
 
@@ -252,12 +268,11 @@ class _Run:
         assert location is not None
         writer.copy(name, ref, location)
 
-    def _done(self, writer: PackWriter, name: str, made: Made, result: StageResult) -> None:
+    def _done(self, stage: StagePlan, writer: PackWriter, name: str, made: Made, result: StageResult) -> None:
         writer.done(name, made.ref, made.xxh3, made.key)
         with self.counting:
             result.computed += 1
-            if made.nonfinite:
-                result.nonfinite[name] = made.nonfinite
+        self.realiser.check_finite(stage.name, name, made)
 
     def _digest_the_rest(self) -> None:
         """Contents that a manifest lists but nobody read."""

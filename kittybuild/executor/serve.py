@@ -1,4 +1,4 @@
-"""The program of the workers: it imports torch once, forks a process for each connection, and carries orders out.
+"""The program of the workers: it imports once what all need, forks a process a connection, and carries orders out.
 
 A worker ends with its connection, and at once when the process that it works for dies.
 """
@@ -10,23 +10,31 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kittybuild.executor.carry_out import Tools
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
-def main() -> None:
-    """Serve the connections whose file descriptors stand in the arguments (after the search path)."""
+def main(files: Sequence[str], torch: bool, ends: Sequence[int]) -> None:
+    """Serve the connections with these file descriptors. `files`: of merge methods; `torch`: some orders need it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of those who share a terminal, one decides what an interrupt means
     _die_with_parent(os.getppid())
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # parallelism is across tensors, and forked threads would be lost
     gc.disable()  # nothing of what is imported becomes garbage
-    import torch
+    if torch:
+        _import_torch()
+    from kittybuild.builders import plugins
+    from kittybuild.checkpoint.reading import Files
+    from kittybuild.executor.carry_out import Tools
+    from kittybuild.store.disk import Disk
 
-    from kittybuild.executor import carry_out  # noqa: F401  # for the workers to have
-
-    torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
+    tools = Tools(Files(), plugins.load(files), Disk())
     gc.freeze()  # memory that is not touched stays shared
-    ends = [int(word) for word in sys.argv[2:]]
     server = os.getpid()
     workers = []
     for end in ends:
@@ -36,41 +44,43 @@ def main() -> None:
                 if other != end:
                     os.close(other)
             _die_with_parent(server)
-            _serve(Connection(end))
+            _serve(Connection(end), tools)
             os._exit(0)
         workers.append(pid)
     for end in ends:
         os.close(end)
     for pid in workers:
         os.waitpid(pid, 0)
-    os._exit(0)  # torch takes long to tidy up
+    os._exit(0)  # some libraries take long to tidy up
 
 
-def _serve(orders: Connection) -> None:
+def _import_torch() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
+
+
+def _serve(orders: Connection, tools: Tools) -> None:
     """Carry out one order after the other; None asks to close the files."""
-    from kittybuild.builders.registry import BUILTIN
-    from kittybuild.checkpoint.reading import Files
-    from kittybuild.executor.carry_out import Tools, carry_out
-    from kittybuild.store.disk import Disk
+    from kittybuild.executor.carry_out import carry_out
 
     gc.enable()
-    shared, files = _peak(), Files()
-    tools = Tools(files, BUILTIN, Disk())
+    shared = _peak()
     while True:
         try:
             order = orders.recv()
         except EOFError:
             return
-        before = files.bytes_read
+        before = tools.files.bytes_read
         answer: object = None
         try:
             if order is None:
-                files.close()
+                tools.files.close()
             else:
                 answer = carry_out(order, tools)
         except Exception as error:
             answer = error
-        orders.send((answer, files.bytes_read - before, (shared, _peak() - shared)))
+        orders.send((answer, tools.files.bytes_read - before, (shared, _peak() - shared)))
 
 
 def _peak() -> int:

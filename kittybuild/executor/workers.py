@@ -17,10 +17,13 @@ from typing import Protocol
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
 from kittybuild.errors import BuildError
-from kittybuild.executor.order import Order, Report
+from kittybuild.executor.order import Order, Report, needs_torch
 from kittybuild.store.disk import Disk
 
-_SERVE = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from kittybuild.executor.serve import main; main()"
+_SERVE = (
+    "import sys, json; task = json.loads(sys.argv[1]); sys.path[:] = task['path'];"
+    "from kittybuild.executor.serve import main; main(task['files'], task['torch'], task['ends'])"
+)
 _PATIENCE = 10.0
 
 
@@ -35,8 +38,11 @@ class Workers(Protocol):
     def peak_memory(self) -> int:
         """The most bytes of memory that it took beside this process."""
 
-    def start(self) -> None:
-        """Get ready for orders, which come soon; twice is fine. To be called in a thread that outlives them."""
+    def start(self, *, torch: bool) -> None:
+        """Get ready for orders, which come soon, some of which need torch or none; twice is fine.
+
+        To be called in a thread that outlives them.
+        """
 
     def run(self, order: Order) -> Report:
         """Have an order carried out, and wait for it. Raises what went wrong, as a KittybuildError."""
@@ -64,17 +70,15 @@ class Threads:
         """See Workers."""
         return self._files.bytes_read
 
-    def start(self) -> None:
+    def start(self, *, torch: bool) -> None:
         """See Workers."""
 
     def run(self, order: Order) -> Report:
         """See Workers."""
-        import torch
-
         from kittybuild.executor.carry_out import Tools, carry_out
 
-        if torch.get_num_threads() != 1:
-            torch.set_num_threads(1)  # parallelism is across tensors: the bits must not depend on it
+        if needs_torch(order.drv):
+            _one_thread()
         return carry_out(order, Tools(self._files, self._builders, self._disk))
 
     def forget_files(self) -> None:
@@ -91,11 +95,22 @@ class Threads:
         self._files.close()
 
 
+def _one_thread() -> None:
+    """Parallelism is across tensors: the bits must not depend on it."""
+    import torch
+
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 class Processes:
-    """A process for each job, forked from one that has imported torch once (executor/serve.py)."""
+    """A process for each job, forked from one that has imported once what all need (executor/serve.py).
+
+    `disk` is not used: processes have the real one.
+    """
 
     def __init__(self, jobs: int, builders: Builders, disk: Disk) -> None:
-        self._jobs = jobs
+        self._jobs, self._files = jobs, builders.files
         self._server: subprocess.Popen[bytes] | None = None
         self._all: list[Connection] = []
         self._idle: SimpleQueue[Connection] = SimpleQueue()
@@ -128,13 +143,14 @@ class Processes:
         assert isinstance(answer, Report)
         return answer
 
-    def start(self) -> None:
+    def start(self, *, torch: bool) -> None:
         """See Workers. (The server dies with the thread that starts it, so that none outlives a killed build.)"""
         if self._server is not None:
             return
         pairs = [Pipe() for _ in range(self._jobs)]
         theirs = [end.fileno() for _, end in pairs]
-        command = [sys.executable, "-c", _SERVE, json.dumps(sys.path), *map(str, theirs)]
+        task = {"path": sys.path, "files": self._files, "torch": torch, "ends": theirs}
+        command = [sys.executable, "-c", _SERVE, json.dumps(task)]
         # What a library prints must not get among the answer of a command, which goes to standard output.
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=theirs)
         for ours, end in pairs:

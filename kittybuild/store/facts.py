@@ -20,6 +20,7 @@ _REALISATION = "realisation"
 _LOCATION = "location"
 _MEMO = "memo"
 _SHORTCUT = "shortcut"
+_NONFINITE = "nonfinite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,15 @@ class Facts:
     def set_shortcut(self, key: Digest, manifest: Digest) -> None:
         """Record the manifest of a whole stage."""
         self._index.put_many(_SHORTCUT, {key.hex: manifest.hex})
+
+    def nonfinite(self, digests: Iterable[Digest]) -> dict[Digest, int]:
+        """How many elements of tensors are known to be NaN or infinite; only those that have some."""
+        found = self._index.get_many(_NONFINITE, (digest.hex for digest in digests))
+        return {Digest(digest): count for digest, count in found.items() if isinstance(count, int)}
+
+    def set_nonfinite(self, facts: Mapping[Digest, int]) -> None:
+        """Record how many elements of tensors are NaN or infinite."""
+        self._index.put_many(_NONFINITE, {digest.hex: count for digest, count in facts.items()})
 
     def counts(self) -> tuple[int, int]:
         """How many realisations and how many locations."""

@@ -114,6 +114,14 @@ class Store:
         """Record what derivations made. What was known stays; raises StoreError if it differs."""
         self._facts.realise(facts)
 
+    def nonfinite(self, digests: Iterable[Digest]) -> dict[Digest, int]:
+        """How many elements of tensors are known to be NaN or infinite; only those that have some."""
+        return self._facts.nonfinite(digests)
+
+    def set_nonfinite(self, facts: Mapping[Digest, int]) -> None:
+        """Record how many elements of tensors are NaN or infinite."""
+        self._facts.set_nonfinite(facts)
+
     def locations(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
         """Where tensors lie; only those whose file is there and long enough."""
         return self._facts.locations(digests)

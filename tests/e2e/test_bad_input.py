@@ -185,26 +185,64 @@ class TestBuffers:
 
 
 class TestNotFinite:
-    @pytest.mark.parametrize("method", ["linear", "passthrough"])
-    def test_nan_and_infinity_are_counted_by_name(self, method: str, models: Path, tmp_path: Path) -> None:
-        def spoil(tensors: dict[str, Any]) -> dict[str, Any]:
+    """An error, unless the stage allows it; then they are counted, in the first build and in every later one."""
+
+    def spoil(self, model: Path) -> None:
+        def change_two(tensors: dict[str, Any]) -> dict[str, Any]:
             tensors[NORM][3:5] = float("nan")
             tensors["lm_head.weight"][7, 7] = float("-inf")
             return tensors
 
-        change(models / "base", spoil)
-        recipe = linear(tmp_path, {models / "base": 1.0}) if method == "linear" else ""
-        if method == "passthrough":
-            form = {"merge_method": method, "models": [{"model": str(models / "base")}]}
-            recipe = write_recipe(tmp_path, form)
-        answer = build(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
-        assert answer["stages"]["merge"]["nonfinite"] == {NORM: 2, "lm_head.weight": 1}
+        change(model, change_two)
+
+    def recipe(self, folder: Path, model: Path, method: str, **more: Any) -> str:
+        parameters = {"parameters": {"weight": 1.0}} if method == "linear" else {}
+        form = {"merge_method": method, "models": [{"model": str(model)}], **parameters, **more}
+        return write_recipe(folder, form, f"{method}-{len(more)}.yml")
+
+    @pytest.mark.parametrize("method", ["linear", "passthrough"])
+    def test_they_are_an_error_that_names_the_tensor(self, method: str, models: Path, tmp_path: Path) -> None:
+        self.spoil(models / "base")
+        recipe = self.recipe(tmp_path, models / "base", method)
+        for _ in range(3):  # what one run finished, the next one has in the store
+            status, code, error = fails(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
+            assert (status, code, error["at"]) == (5, "KB508", "merge")
+            assert NORM in error["message"] or "lm_head.weight" in error["message"]
+            assert "allow_nan: true" in error["hint"]
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("method", ["linear", "passthrough"])
+    def test_where_they_are_allowed_they_are_counted_by_name(self, method: str, models: Path, tmp_path: Path) -> None:
+        self.spoil(models / "base")
+        strict = self.recipe(tmp_path, models / "base", method)
+        recipe = self.recipe(tmp_path, models / "base", method, allow_nan=True)
+        for _ in range(2):  # computed, then known
+            answer = build(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
+            assert answer["stages"]["merge"]["nonfinite"] == {NORM: 2, "lm_head.weight": 1}
+        _, code, error = fails(strict, "-o", tmp_path / "other", "--store", tmp_path / "store")
+        assert code == "KB508"
+        assert f"{NORM}: 2" in error["message"]
+        assert "lm_head.weight: 1" in error["message"]
+
+    def test_a_stage_that_is_fused_is_no_way_around(self, models: Path, tmp_path: Path) -> None:
+        self.spoil(models / "base")
+        soup = {"merge_method": "linear", "models": [{"model": str(models / "base")}], "parameters": {"weight": 1.0}}
+        later = {"merge_method": "linear", "models": [{"model": "soup"}], "parameters": {"weight": 1.0}}
+        for allowed in (False, True):
+            stages = {"soup": {**soup, "keep": False, "allow_nan": allowed}, "end": {**later, "allow_nan": True}}
+            form = {"kittybuild": 1, "stages": stages, "outputs": {"end": {"folder": str(tmp_path / "out")}}}
+            recipe = write_recipe(tmp_path, form, f"fused-{allowed}.yml")
+            if allowed:
+                answer = build(recipe, "--store", tmp_path / "store")
+                assert answer["stages"]["end"]["nonfinite"] == {NORM: 2, "lm_head.weight": 1}
+            else:
+                assert fails(recipe, "--store", tmp_path / "store")[1:2] == ("KB508",)
 
     def test_a_person_is_warned(self, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         from kittybuild.cli import main
 
         change(models / "base", lambda tensors: {**tensors, NORM: tensors[NORM] / 0})
-        recipe = linear(tmp_path, {models / "base": 1.0})
+        recipe = linear(tmp_path, {models / "base": 1.0}, allow_nan=True)
         with pytest.raises(SystemExit) as done:
             main(["build", recipe, "-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")])
         assert done.value.code == 0

@@ -17,11 +17,12 @@ from kittybuild.checkpoint.adapter import read_adapter, read_adapter_folder
 from kittybuild.checkpoint.folder import INDEX, read_folder
 from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.errors import KittybuildError, Problems, RecipeError, SourceError
-from kittybuild.model.recipe import NOWHERE, Recipe
+from kittybuild.model.method import Param
+from kittybuild.model.recipe import NOWHERE, Given, Recipe
 from kittybuild.planner.names import layer_of, natural
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.recipe.parse import parse_recipe
-from kittybuild.recipe.settings import interpolate, parse_setting, value_for
+from kittybuild.recipe.settings import Lookup, entries, interpolate, parse_entry
 from kittybuild.recipe.yamltext import read_documents
 from tests.helpers import write_json
 from tests.planning import header_bytes, llama
@@ -32,19 +33,29 @@ WORDS = st.sampled_from(["a", "b", "base", "org/name", "a+b", "a@main", "./a", "
 SCALARS: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), WORDS
 )
-FILTERS = st.fixed_dictionaries({"value": SCALARS | st.lists(SCALARS, max_size=3)}, optional={"filter": SCALARS})
+PATTERNS = SCALARS | st.text("re:.*()[]\\\\d+?mlp", max_size=8).map("re:{}".format)
+RANGE_TEXTS = SCALARS | st.sampled_from(["0..2", "1..", "..3", "2..1", "..", "4"])
+FILTERS = st.fixed_dictionaries(
+    {"value": SCALARS | st.lists(SCALARS, max_size=3)}, optional={"filter": PATTERNS, "layers": RANGE_TEXTS}
+)
 SETTINGS = SCALARS | st.lists(SCALARS, max_size=4) | FILTERS | st.lists(FILTERS | SCALARS, max_size=3)
 NAMES = st.sampled_from(["weight", "density", "t", "normalize", "lambda", "int8_mask", "rescale", "scale", "wieght"])
 PARAMETERS = st.dictionaries(NAMES, SETTINGS, max_size=3) | SCALARS
 REFERENCES = WORDS | SCALARS | st.fixed_dictionaries({"model": SCALARS | WORDS}, optional={"lora": SCALARS})
+METHODS = st.sampled_from([*(method.name for method in BUILTIN.methods()), "average"])
+NUMERICS = st.sampled_from([*BUILTIN.classes(), "mergekit-0.1.3"])
 RANGES = st.lists(st.integers(-2, 8) | SCALARS, max_size=3) | SCALARS
 MODELS = st.fixed_dictionaries({"model": REFERENCES}, optional={"parameters": PARAMETERS, "x": SCALARS})
 SOURCES = st.fixed_dictionaries({"model": REFERENCES, "layer_range": RANGES}, optional={"parameters": PARAMETERS})
 SLICES = st.fixed_dictionaries(
     {"sources": st.lists(SOURCES, max_size=2) | SCALARS},
-    optional={"base_model": REFERENCES, "parameters": PARAMETERS, "residual_weight": SCALARS},
+    optional={
+        "merge_method": METHODS | SCALARS,
+        "base_model": REFERENCES,
+        "parameters": PARAMETERS,
+        "residual_weight": SCALARS,
+    },
 )
-METHODS = st.sampled_from([*(method.name for method in BUILTIN.methods()), "average"])
 MERGES = st.fixed_dictionaries(
     {"merge_method": METHODS | SCALARS},
     optional={
@@ -56,6 +67,8 @@ MERGES = st.fixed_dictionaries(
         "tokenizer_source": SCALARS,
         "name": SCALARS,
         "keep": SCALARS,
+        "allow_nan": SCALARS,
+        "numerics": NUMERICS | SCALARS,
         "kind": st.just("merge") | SCALARS,
     },
 )
@@ -68,6 +81,8 @@ OWN = st.fixed_dictionaries(
     {"kittybuild": st.just(1) | SCALARS, "stages": STAGES | SCALARS},
     optional={
         "name": SCALARS,
+        "numerics": NUMERICS | SCALARS,
+        "allow_nan": SCALARS,
         "sources": st.dictionaries(WORDS, st.dictionaries(st.sampled_from(["path", "package", "file"]), SCALARS)),
         "defaults": st.dictionaries(st.sampled_from(["dtype", "out_dtype", "seed"]), SCALARS) | SCALARS,
         "outputs": st.dictionaries(WORDS, st.fixed_dictionaries({"folder": SCALARS}, optional={"shard_size": SCALARS})),
@@ -83,7 +98,7 @@ JSON = st.recursive(
 def parsed(text: str) -> Recipe | None:
     """The recipe, or None after errors of ours, each of which says where it is."""
     try:
-        return parse_recipe(text, "recipe.yml", BUILTIN.methods())
+        return parse_recipe(text, "recipe.yml", BUILTIN.catalogue())
     except Problems as problems:
         found: tuple[KittybuildError, ...] = problems.errors
     except RecipeError as error:
@@ -119,11 +134,16 @@ class TestGradients:
     def test_words_are_picked(self, values: list[bool | str], t: float) -> None:
         assert interpolate(values, t) in values
 
-    @given(SETTINGS, st.text(max_size=5), POSITIONS)
-    def test_any_setting_has_a_value_or_none_or_is_refused(self, setting: Any, tensor: str, t: float) -> None:
-        with suppress(ValueError, OverflowError):
-            value = value_for(parse_setting(setting, NOWHERE), tensor, t)
-            assert value is None or isinstance(value, (bool, int, float, str))
+    @given(SETTINGS, st.text(max_size=5), st.none() | st.integers(0, 4), POSITIONS)
+    def test_any_setting_has_a_value_of_its_kind_or_is_refused(
+        self, setting: Any, tensor: str, layer: int | None, t: float
+    ) -> None:
+        param = Param("weight", float, "input", "", default=0.25)
+        with suppress(ValueError, OverflowError, RecipeError):
+            given = Given(tuple(parse_entry(item, NOWHERE) for _, item in entries(setting)))
+            found = Lookup(param, [None, given]).resolve(tensor, layer, t)
+            assert found is not None
+            assert isinstance(found.value, float)
 
 
 class TestRecipes:

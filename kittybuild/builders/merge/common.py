@@ -10,7 +10,7 @@ from kittybuild.builders.base import Job
 from kittybuild.model.method import Param
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kittybuild.builders.floats import Array
 
 WEIGHT = Param("weight", float, "input", "how much of this model", required=True)
 INT8_MASK = Param("int8_mask", bool, "shared", "only saves memory in mergekit", default=False, accepted=True)
@@ -29,6 +29,21 @@ def rounding(job: Job) -> Callable[[float], float]:
     return float if job.double else as_float32
 
 
-def divide(tensor: Tensor, divisor: float) -> Tensor:
-    """`tensor` / `divisor` in place; one IEEE division an element (by 1 it is the identity)."""
-    return tensor if divisor == 1.0 else tensor.div_(divisor)
+def rounded_weights(job: Job) -> list[float]:
+    """The weights of the models, rounded to the working dtype."""
+    round_to = rounding(job)
+    return [round_to(weight) for weight in job.params["weight"]]
+
+
+def scaled(array: Array, factor: float) -> Array:
+    """`array` * `factor` in place; one IEEE product an element (by 1 it is the identity)."""
+    if factor != 1.0:
+        array *= factor
+    return array
+
+
+def divide(array: Array, divisor: float) -> Array:
+    """`array` / `divisor` in place; one IEEE division an element (by 1 it is the identity)."""
+    if divisor != 1.0:
+        array /= divisor
+    return array

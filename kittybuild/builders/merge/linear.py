@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Block, Builder, Combine, Job
-from kittybuild.builders.merge.common import WEIGHT, divide, rounding
+from kittybuild.builders.merge.common import WEIGHT, divide, rounding, scaled
 from kittybuild.model.method import Method, Param
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kittybuild.builders.floats import Array
 
 
 def _linear(job: Job) -> Combine:
@@ -24,11 +24,14 @@ def _linear(job: Job) -> Combine:
     for weight in weights:
         total = round_to(total + weight)
 
-    def combine(block: Block) -> Tensor:
+    def combine(block: Block) -> Array:
         result = None
         for weight, tensor in zip(weights, block.inputs, strict=True):
-            part = tensor if weight == 1.0 else tensor.mul_(weight)
-            result = part if result is None else result.add_(part)
+            part = scaled(tensor, weight)
+            if result is None:
+                result = part
+            else:
+                result += part
         assert result is not None  # a merge has an input
         return divide(result, total) if job.params["normalize"] else result
 
@@ -49,5 +52,6 @@ LINEAR = Builder(
             WEIGHT,
             Param("normalize", bool, "shared", "divide by the sum of the weights", default=True),
         ),
+        doc="The weighted sum of the models, with `normalize` their weighted mean.",
     ),
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from kittybuild.builders.base import Builder, Combine, Job
-from kittybuild.builders.merge.common import rounding
+from kittybuild.builders.merge.common import rounding, scaled
 from kittybuild.model.method import Method, Param
 
 
 def _passthrough(job: Job) -> Combine:
     """scale * x, one rounding. (Without a scale no derivation is made: the tensor is taken as it is.)"""
     scale = rounding(job)(job.params["scale"][0])
-    return lambda block: block.inputs[0].mul_(scale)
+    return lambda block: scaled(block.inputs[0], scale)
 
 
 PASSTHROUGH = Builder(
@@ -25,5 +25,6 @@ PASSTHROUGH = Builder(
         base="ordinary",
         most=1,
         params=(Param("scale", float, "input", "multiply the tensor by this"),),
+        doc="One model's tensors, scaled or as they are.",
     ),
 )

@@ -1,169 +1,239 @@
-"""Sums of differences from a base: task arithmetic, and TIES with trimming and sign election."""
+"""The family of task arithmetic: base + λ · a mix of the models' differences from it, each made sparse and rescaled.
+
+A method is a sparsifier, a consensus, and defaults of its own for two parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from kittybuild.builders.base import BLOCK, Block, Builder, Combine, Job
-from kittybuild.builders.merge.common import INT8_MASK, WEIGHT, divide, rounding
-from kittybuild.builders.numerics import tree_sums
-from kittybuild.builders.selection import EVERYTHING, NOTHING, Threshold, kept, largest
-from kittybuild.model.method import Method, Param
+from kittybuild.builders.merge.common import INT8_MASK, WEIGHT, rounded_weights, rounding, scaled
+from kittybuild.builders.merge.consensus import Consensus, elected, summed
+from kittybuild.builders.merge.rescale import needs_probabilities, rescale_param, rescaled
+from kittybuild.builders.merge.sparsify import (
+    Sparsifier,
+    by_chance,
+    by_magnitude,
+    by_rank,
+    dense,
+    row_width,
+    without_outliers,
+)
+from kittybuild.model.method import Method, Param, no_complaint
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kittybuild.builders.floats import Array
 
-ZERO = 1e-8
-FAINT = 1e-7
+UNUSED_DENSITY = Param("density", float, "input", "has no effect here", default=1.0, accepted=True)
+DENSITY = Param("density", float, "input", "the share of each difference that is kept", default=1.0, low=0.0)
+LAMBDA = Param("lambda", float, "shared", "multiply the mixed difference by this", default=1.0)
+GAMMA = Param(
+    "gamma",
+    float,
+    "input",
+    "the share of each difference, its largest magnitudes, that is left out",
+    default=0.01,
+    low=0.0,
+    high=1.0,
+)
+EPSILON = Param(
+    "epsilon",
+    float,
+    "input",
+    "how far below and above the density the probabilities of a row's least and largest magnitude lie",
+    default=0.15,
+    low=0.0,
+    high=0.5,
+)
 
 
-def _task_arithmetic(job: Job) -> Combine:
-    """base + λ · Σ w_i (x_i - base), the sum divided by Σ w_i with `normalize` (Ilharco et al. 2022, mergekit 0.1.5).
+def normalize_param(default: bool) -> Param:
+    """Whether the mix is a mean."""
+    return Param("normalize", bool, "shared", "divide by the sum of the weights", default=default)
 
-    Inputs: base, then the models in order. A divisor below 1e-8 counts as 1.
+
+def needs_room(params: Mapping[str, Any]) -> str | None:
+    """The complaint where the density and epsilon of a model give no probabilities."""
+    for density, epsilon in zip(params["density"], params["epsilon"], strict=True):
+        if 0 < density < 1 and (density - epsilon <= 0 or density + epsilon >= 1):
+            return (
+                f"density {density:g} and epsilon {epsilon:g} give probabilities from {density - epsilon:g} to"
+                f" {density + epsilon:g}: both must lie between 0 and 1"
+            )
+    return None
+
+
+def _prepare(job: Job, sparsifier: Sparsifier, consensus: Consensus, rows: bool) -> Combine:
+    """base + λ · mix of the w_i · rescale(trim(x_i - base)) (Ilharco et al. 2022; mergekit 0.1.5).
+
+    Inputs: base, then the models in order; without models the base. Every step is rounded once to the working dtype,
+    and so are weights, factors and λ before.
     """
-    round_to = rounding(job)
-    weights = [round_to(weight) for weight in job.params["weight"]]
-    total = 0.0
-    for weight in weights:
-        total = round_to(total + weight)
-    total = 1.0 if abs(total) < ZERO else total
+    factor, mix, weights = rounding(job)(job.params["lambda"]), consensus(job), rounded_weights(job)
+    trims = rescaled(job, sparsifier(job), row_width(job.output) if rows else BLOCK)
 
-    def combine(block: Block) -> Tensor:
-        base, *models = block.inputs
-        mixed = None
-        for weight, model in zip(weights, models, strict=True):
-            part = model.sub_(base).mul_(weight)
-            mixed = part if mixed is None else mixed.add_(part)
-        if mixed is None:
-            return base
-        if job.params["normalize"]:
-            mixed = divide(mixed, total)
-        return base.add_(_scaled(mixed, round_to(job.params["lambda"])))
-
-    return combine
-
-
-def _scaled(mixed: Tensor, factor: float) -> Tensor:
-    return mixed if factor == 1.0 else mixed.mul_(factor)
-
-
-def _ties(job: Job) -> Combine:
-    """base + λ · the mean of those trimmed, weighted differences whose sign the sum of all has (Yadav et al. 2023).
-
-    Trimming keeps the int(density · n) largest magnitudes of each difference, at least one where density > 0; among
-    equals the lowest index is kept. A sum of zero elects plus; zeros agree with nobody; with `normalize` the divisor
-    is the sum of the weights that agree, 0 counting as 1; with `rescale` each trimmed difference gets its L1 norm back
-    (mergekit 0.1.5, save the order of equals).
-    """
-    round_to = rounding(job)
-    weights = [round_to(weight) for weight in job.params["weight"]]
-    counts = [kept(job.output.numel, density) for density in job.params["density"]]
-    thresholds = largest(lambda which: _magnitudes(job, which), job.output.numel, counts, double=job.double)
-    factors = _l1_factors(job, thresholds) if job.params["rescale"] else [1.0] * len(weights)
-
-    def combine(block: Block) -> Tensor:
+    def combine(block: Block) -> Array:
         base, *models = block.inputs
         if not models:
             return base
-        deltas = []
-        for weight, threshold, factor, model in zip(weights, thresholds, factors, models, strict=True):
-            trimmed = threshold.trim(model.sub_(base), block.start)
-            deltas.append(_scaled(trimmed, round_to(factor)).mul_(weight))
-        mixed = _agreed(deltas, weights, normalize=job.params["normalize"])
-        return base.add_(_scaled(mixed, round_to(job.params["lambda"])))
+        parts = []
+        for model, trim, weight in zip(models, trims, weights, strict=True):
+            model -= base
+            parts.append(scaled(trim(model, block.start), weight))
+        base += scaled(mix(lambda: parts), factor)
+        return base
 
     return combine
 
 
-def _l1_factors(job: Job, thresholds: Sequence[Threshold]) -> list[float]:
-    """The L1 norm of each difference over that of what is kept of it; 1 where one of them is below 1e-7."""
-    norms = {i: [0.0, 0.0] for i, threshold in enumerate(thresholds) if threshold not in (EVERYTHING, NOTHING)}
-    for block in job.scan() if norms else ():
-        base, *models = block.inputs
-        for index, norm in norms.items():
-            whole = models[index].sub_(base)
-            for side, part in enumerate((whole, thresholds[index].trim(whole.clone(), block.start))):
-                for start in range(0, part.numel(), BLOCK):
-                    norm[side] += tree_sums(part[start : start + BLOCK].abs().double()[None])[0]
-    factors = {i: whole / trimmed if min(whole, trimmed) >= FAINT else 1.0 for i, (whole, trimmed) in norms.items()}
-    return [factors.get(index, 1.0) for index in range(len(thresholds))]
+def _builder(
+    method: Method, sparsifier: Sparsifier, consensus: Consensus, scratch: int, measured: bool = True
+) -> Builder:
+    seeded, rows = sparsifier in (by_chance, by_rank), sparsifier is by_rank
+    prepare = partial(_prepare, sparsifier=sparsifier, consensus=consensus, rows=rows)
+    method = replace(method, random=seeded)
+    return Builder(method.name, 1, prepare, scratch=scratch, measured=measured, rows=rows, seeded=seeded, method=method)
 
 
-def _magnitudes(job: Job, which: Collection[int]) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    for block in job.scan():
-        base, *models = block.inputs
-        yield block.start, {index: models[index].sub_(base).abs_() for index in which}
+def _method(
+    name: str,
+    title: str,
+    paper: str,
+    doc: str,
+    sparse: tuple[Param, ...],
+    *,
+    normalize: bool,
+    rescale: Param,
+    check: Callable[[Mapping[str, Any]], str | None] = no_complaint,
+) -> Method:
+    params = (WEIGHT, *sparse, normalize_param(normalize), LAMBDA, INT8_MASK, rescale)
+    return Method(name, title, f"https://arxiv.org/abs/{paper}", params, "required", least=0, doc=doc, check=check)
 
 
-def _agreed(deltas: list[Tensor], weights: list[float], *, normalize: bool) -> Tensor:
-    """The sum of the deltas that have the elected sign, divided by the sum of their weights with `normalize`.
-
-    Every delta is multiplied by that sign (exactly): those that agree are then the positive ones. Steps of floats in
-    place, since torch takes ten times as long for those that make or take booleans.
-    """
-    sign = deltas[0].clone()
-    for delta in deltas[1:]:
-        sign.add_(delta)
-    sign.ge_(0).mul_(2).sub_(1)
-    mixed = divisor = None
-    for delta, weight in zip(deltas, weights, strict=True):
-        part = delta.mul_(sign).clamp_min_(0)
-        mixed = part.clone() if mixed is None else mixed.add_(part)
-        share = part.gt_(0).mul_(weight)
-        divisor = share if divisor is None else divisor.add_(share)
-    assert mixed is not None  # there is a delta
-    assert divisor is not None
-    if normalize:
-        mixed.div_(divisor.add_(divisor.clone().eq_(0)))
-    return mixed.mul_(sign)
-
-
-def _shared(normalize: bool) -> tuple[Param, ...]:
-    return (
-        Param("normalize", bool, "shared", "divide by the sum of the weights", default=normalize),
-        Param("lambda", float, "shared", "multiply the mixed difference by this", default=1.0),
-        INT8_MASK,
-    )
-
-
-TASK_ARITHMETIC = Builder(
-    "task_arithmetic",
-    1,
-    _task_arithmetic,
+TASK_ARITHMETIC = _builder(
+    _method(
+        "task_arithmetic",
+        "Task Arithmetic",
+        "2212.04089",
+        "Adds the weighted differences of the models from the base to it.",
+        (UNUSED_DENSITY,),
+        normalize=False,
+        rescale=rescale_param("none", accepted=True),
+    ),
+    dense,
+    summed,
     scratch=0,
-    method=Method(
-        name="task_arithmetic",
-        title="Task Arithmetic",
-        paper="https://arxiv.org/abs/2212.04089",
-        base="required",
-        least=0,
-        params=(
-            WEIGHT,
-            Param("density", float, "input", "has no effect here", default=1.0, accepted=True),
-            *_shared(False),
-            Param("rescale", bool, "shared", "has no effect here", default=False, accepted=True),
-        ),
-    ),
+    measured=False,
 )
-TIES = Builder(
-    "ties",
-    1,
-    _ties,
+TIES = _builder(
+    _method(
+        "ties",
+        "TIES",
+        "2306.01708",
+        "Keeps the largest magnitudes of each difference, elects a sign for each element, and adds the mean of those"
+        " that have it.",
+        (DENSITY,),
+        normalize=True,
+        rescale=rescale_param("none"),
+        check=needs_probabilities,
+    ),
+    by_magnitude,
+    elected,
     scratch=4,
-    measured=True,
-    method=Method(
-        name="ties",
-        title="TIES",
-        paper="https://arxiv.org/abs/2306.01708",
-        base="required",
-        least=0,
-        params=(
-            WEIGHT,
-            Param("density", float, "input", "the share of each difference that is kept", default=1.0, low=0.0),
-            *_shared(True),
-            Param("rescale", bool, "shared", "give each trimmed difference its L1 norm back", default=False),
-        ),
-    ),
 )
+DARE_TIES = _builder(
+    _method(
+        "dare_ties",
+        "DARE TIES",
+        "2311.03099",
+        "Keeps elements of each difference by chance, rescales them, and adds those that have the elected sign.",
+        (DENSITY,),
+        normalize=False,
+        rescale=rescale_param("l1"),
+    ),
+    by_chance,
+    elected,
+    scratch=4,
+)
+DARE_LINEAR = _builder(
+    _method(
+        "dare_linear",
+        "Linear DARE",
+        "2311.03099",
+        "Keeps elements of each difference by chance, rescales them, and adds them.",
+        (DENSITY,),
+        normalize=False,
+        rescale=rescale_param("l1"),
+    ),
+    by_chance,
+    summed,
+    scratch=3,
+)
+BREADCRUMBS = _builder(
+    _method(
+        "breadcrumbs",
+        "Model Breadcrumbs",
+        "2312.06795",
+        "Leaves out the largest and the least magnitudes of each difference, and adds what is between.",
+        (DENSITY, GAMMA),
+        normalize=False,
+        rescale=rescale_param("none"),
+        check=needs_probabilities,
+    ),
+    without_outliers,
+    summed,
+    scratch=3,
+)
+BREADCRUMBS_TIES = _builder(
+    _method(
+        "breadcrumbs_ties",
+        "Model Breadcrumbs with TIES",
+        "2312.06795",
+        "Leaves out the largest and the least magnitudes of each difference, and adds what is between where it has the"
+        " elected sign.",
+        (DENSITY, GAMMA),
+        normalize=False,
+        rescale=rescale_param("none"),
+        check=needs_probabilities,
+    ),
+    without_outliers,
+    elected,
+    scratch=4,
+)
+DELLA = _builder(
+    _method(
+        "della",
+        "DELLA",
+        "2406.11617",
+        "Keeps elements of each difference by chance, the more likely the larger they are in their row, rescales them,"
+        " and adds the mean of those that have the elected sign.",
+        (DENSITY, EPSILON),
+        normalize=True,
+        rescale=rescale_param("l1"),
+        check=needs_room,
+    ),
+    by_rank,
+    elected,
+    scratch=6,
+)
+DELLA_LINEAR = _builder(
+    _method(
+        "della_linear",
+        "Linear DELLA",
+        "2406.11617",
+        "Keeps elements of each difference by chance, the more likely the larger they are in their row, rescales them,"
+        " and adds them.",
+        (DENSITY, EPSILON),
+        normalize=False,
+        rescale=rescale_param("l1"),
+        check=needs_room,
+    ),
+    by_rank,
+    summed,
+    scratch=6,
+)
+FAMILY = (TASK_ARITHMETIC, TIES, DARE_TIES, DARE_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES, DELLA, DELLA_LINEAR)

@@ -27,10 +27,11 @@ class Case:
     inputs: tuple[Tensor, ...]
     params: dict[str, Any]
     dtype: torch.dtype | None = None
+    shape: tuple[int, ...] | None = None
 
     def digest(self) -> str:
         """The digest of what is made of them."""
-        return make(self.builder, self.inputs, self.params, dtype=self.dtype, blocks=1).digest.hex
+        return make(self.builder, self.inputs, self.params, dtype=self.dtype, shape=self.shape, blocks=1).digest.hex
 
 
 def siblings(count: int, dtype: torch.dtype, *, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, ...]:
@@ -86,14 +87,14 @@ def _differences() -> Iterator[Case]:
     yield Case("task_arithmetic", "float32, signed", siblings(3, F32), signed)
     yield Case("task_arithmetic", "float64", siblings(3, F64), plain)
     yield Case("task_arithmetic", "extremes", extremes(3), signed)
-    plain, signed = {**plain, "rescale": False}, {**signed, "rescale": False}
+    plain, signed = {**plain, "rescale": "none"}, {**signed, "rescale": "none"}
     trimmed = {**plain, "density": [0.2, 0.7]}
     yield Case("ties", "bfloat16", siblings(3, BF16), trimmed)
     yield Case("ties", "float16, whole", siblings(3, F16), {**trimmed, "density": [1.0, 1.0]})
     yield Case("ties", "float32, signed", siblings(3, F32), {**signed, "density": [0.5, 0.5]})
     yield Case("ties", "float64", siblings(3, F64), trimmed)
     yield Case("ties", "extremes", extremes(3), {**signed, "normalize": True, "density": [0.4, 0.0]})
-    yield Case("ties", "bfloat16, rescaled", siblings(3, BF16), {**trimmed, "rescale": True})
+    yield Case("ties", "bfloat16, rescaled", siblings(3, BF16), {**trimmed, "rescale": "l1"})
     one = {**plain, "weight": [0.9], "lambda": 0.5, "density": [0.31]}
     yield Case("ties", "one model of few values", tuple((t * 4).round() for t in siblings(2, F32)), one)
 
@@ -128,8 +129,10 @@ def _lora() -> Iterator[Case]:
 
 def digests() -> dict[str, dict[str, str]]:
     """The digest of each case, by builder and name."""
+    from tests.golden.builders import cases_differences, cases_geometry, cases_tables  # they import this
+
     found: dict[str, dict[str, str]] = {}
-    for case in cases():
+    for case in (*cases(), *cases_differences.cases(), *cases_geometry.cases(), *cases_tables.cases()):
         assert case.name not in found.setdefault(case.builder, {}), case
         found[case.builder][case.name] = case.digest()
     return found
