@@ -6,21 +6,25 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Builders
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.digest import Digest, Json, canonical, tagged
-from kittybuild.errors import RecipeError, UsageError
+from kittybuild.errors import RecipeError, UsageError, nearest
 from kittybuild.model.derivation import Derivation
 from kittybuild.model.lock import lock_json
 from kittybuild.model.manifest import Manifest, ManifestTensor
 from kittybuild.model.plan import Plan, StagePlan
-from kittybuild.model.recipe import Recipe, SourceDecl
+from kittybuild.model.recipe import MergeStage, Recipe, SourceDecl
+from kittybuild.planner.explain import Explanation, explanations
 from kittybuild.planner.known import Known
 from kittybuild.planner.locking import pins, versions
-from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.lower import lower, origins, targets
+from kittybuild.planner.machine import Machine, this_machine
+from kittybuild.planner.peers import rules_of
+from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.views import fingerprints, locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
@@ -93,13 +97,24 @@ class Prepared:
     decls: Mapping[str, SourceDecl]
     paths: Mapping[str, str]
     keys: Mapping[str, Digest]
+    machine: Machine | None = None
 
 
-def read_recipe(file: str, builders: Builders = BUILTIN) -> Recipe:
-    """The recipe in a file. Raises RecipeError or Problems."""
+def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
+    """The recipe in a file. Raises UsageError, RecipeError or Problems.
+
+    `numerics`: the class of arithmetic of stages that name none; left out, it is the recipe's, or for the recipe of a
+    published merge the one that made it.
+    """
+    classes, note = builders.classes(), None
+    if numerics is None:
+        numerics, note = published_class(file, classes)
+    elif numerics not in classes:
+        raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
     try:
         with open(file, encoding="utf-8") as text:
-            return parse_recipe(text.read(), file, builders.methods())
+            recipe = parse_recipe(text.read(), file, builders.catalogue(), numerics)
+            return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
     except OSError as error:
         raise RecipeError("KB100", f"cannot read the recipe: {error.strerror}", at=file) from error
     except UnicodeDecodeError as error:
@@ -107,9 +122,16 @@ def read_recipe(file: str, builders: Builders = BUILTIN) -> Recipe:
 
 
 def prepare(
-    recipe: Recipe, stages: Sequence[str] = (), folder: str | None = None, builders: Builders = BUILTIN
+    recipe: Recipe,
+    stages: Sequence[str] = (),
+    folder: str | None = None,
+    builders: Builders = BUILTIN,
+    capability: str | None = None,
 ) -> Prepared:
-    """Find the sources and name the outputs. `folder` takes the place of the one output's own."""
+    """Find the sources and name the outputs. `folder` takes the place of the one output's own.
+
+    `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told.
+    """
     wanted = targets(recipe, stages)
     here = os.path.dirname(os.path.abspath(recipe.file))
     folders = {name: os.path.join(here, recipe.outputs[name].folder) for name in wanted if name in recipe.outputs}
@@ -122,7 +144,10 @@ def prepare(
     decls = source_names(recipe)
     paths = locate(recipe, decls)
     _check_folders(recipe, folders, paths)
-    return Prepared(recipe, wanted, folders, decls, paths, stage_keys(recipe, wanted, fingerprints(paths), builders))
+    peers = any(isinstance(stage, MergeStage) and rules_of(stage.numerics).peer for stage in recipe.stages.values())
+    machine = this_machine(capability) if peers else None
+    keys = stage_keys(recipe, wanted, fingerprints(paths), builders, machine)
+    return Prepared(recipe, wanted, folders, decls, paths, keys, machine)
 
 
 def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[str, str]) -> None:
@@ -142,10 +167,20 @@ def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[st
 def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
     sources = open_all(prepared.paths)
-    known = Known(lower(prepared.recipe, prepared.wanted, sources, builders), sources, store)
+    made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
+    known = Known(made, sources, store)
     for name in known.plan.stages:
         known.look_up(name)
     return known
+
+
+def explain(
+    prepared: Prepared, store: Store | None, tensor: str, builders: Builders = BUILTIN
+) -> tuple[Explanation, ...]:
+    """What makes the tensor of that name in each stage that has it, and where its parameters come from."""
+    known = plan(prepared, store, builders)
+    found = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine, tensor)
+    return explanations(known, found, prepared.recipe, tensor)
 
 
 def build(
@@ -167,13 +202,13 @@ def build(
     ready = _shortcut(prepared, store)
     if ready:
         manifests, lock = ready
-        stages = {name: StageReport(len(m.tensors), 0, len(m.tensors), m.digest) for name, m in manifests.items()}
-        written = dict.fromkeys(manifests, 0)
+        computed = written = dict.fromkeys(manifests, 0)
         amounts, notes = (0, 0, 0), prepared.recipe.notes
     else:
         manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
-        stages = {name: _report(results[name], manifests[name]) for name in manifests}
+        computed = {name: result.computed for name, result in results.items()}
         written = {name: result.written for name, result in results.items()}
+    stages = {name: _report(manifest, computed[name], store) for name, manifest in manifests.items()}
     outputs = {}
     for name, folder in prepared.folders.items():
         _publish(prepared, name, manifests[name], lock, store, builders)
@@ -182,10 +217,11 @@ def build(
     return BuildReport(stages, outputs, *amounts, time.monotonic() - started, notes)
 
 
-def _report(result: StageResult, manifest: Manifest) -> StageReport:
-    return StageReport(
-        result.tensors, result.computed, result.tensors - result.computed, manifest.digest, result.nonfinite
-    )
+def _report(manifest: Manifest, computed: int, store: Store) -> StageReport:
+    counts = store.nonfinite(tensor.ref.digest for tensor in manifest.tensors)
+    nonfinite = {tensor.name: counts[tensor.ref.digest] for tensor in manifest.tensors if tensor.ref.digest in counts}
+    total = len(manifest.tensors)
+    return StageReport(total, computed, total - computed, manifest.digest, nonfinite)
 
 
 def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], bytes] | None:
@@ -262,4 +298,16 @@ def _publish(prepared: Prepared, name: str, manifest: Manifest, lock: bytes, sto
     store.set_root(name, folder, manifest.digest)
 
 
-__all__ = ["BuildReport", "OutputReport", "Plan", "Prepared", "StageReport", "build", "plan", "prepare", "read_recipe"]
+__all__ = [
+    "BuildReport",
+    "Explanation",
+    "OutputReport",
+    "Plan",
+    "Prepared",
+    "StageReport",
+    "build",
+    "explain",
+    "plan",
+    "prepare",
+    "read_recipe",
+]

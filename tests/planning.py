@@ -14,9 +14,9 @@ from typing import Any
 
 from kittybuild.builders.base import Builders
 from kittybuild.builders.registry import BUILTIN
+from kittybuild.digest import Digest
 from kittybuild.errors import KittybuildError, Problems
 from kittybuild.model.derivation import Derivation
-from kittybuild.model.method import Method
 from kittybuild.model.plan import Plan
 from kittybuild.model.recipe import MergeStage, Recipe
 from kittybuild.planner.lower import lower, targets
@@ -28,9 +28,9 @@ from tests.helpers import llama_config, llama_shapes, write_json
 Header = Mapping[str, tuple[str, Sequence[int]]]
 
 
-def parse(text: str, methods: Sequence[Method] = BUILTIN.methods()) -> Recipe:
+def parse(text: str, builders: Builders = BUILTIN) -> Recipe:
     """The recipe of a text, its common indentation taken away."""
-    return parse_recipe(textwrap.dedent(text), "recipe.yml", methods)
+    return parse_recipe(textwrap.dedent(text), "recipe.yml", builders.catalogue())
 
 
 def merge_of(text: str) -> MergeStage:
@@ -94,9 +94,15 @@ def planned(
     """The plan of a recipe that lies in `folder`, beside checkpoints of these headers."""
     for name, header in models.items():
         write_header(folder / name, header)
-    recipe = parse_recipe(textwrap.dedent(text), os.path.join(folder, "recipe.yml"), builders.methods())
+    recipe = parse_recipe(textwrap.dedent(text), os.path.join(folder, "recipe.yml"), builders.catalogue())
     sources = open_all(locate(recipe, source_names(recipe)))
     return lower(recipe, targets(recipe, asked), sources, builders)
+
+
+def prints_of(recipe: Recipe, changed: str | None = None) -> dict[str, Digest]:
+    """Identities for the sources of a recipe: each is what its path says, but `changed` is something else."""
+    decls = source_names(recipe)
+    return {name: Digest.of(f"{decl.path} {name == changed}".encode()) for name, decl in decls.items()}
 
 
 def step(plan: Plan, name: str, stage: str = "merge") -> Derivation:

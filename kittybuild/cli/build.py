@@ -10,7 +10,19 @@ from typing import Any
 import click
 
 from kittybuild import api
-from kittybuild.cli.common import JSON, STORE, Size, amount, answers, cores, store_folder
+from kittybuild.builders.plugins import load
+from kittybuild.cli.common import (
+    JSON,
+    METHODS,
+    NUMERICS,
+    STORE,
+    Size,
+    amount,
+    answers,
+    capability,
+    cores,
+    store_folder,
+)
 from kittybuild.cli.progress import shown
 from kittybuild.errors import UsageError
 from kittybuild.store.store import Store
@@ -42,6 +54,8 @@ def peak_rss() -> int:
     show_default=True,
     help="What makes tensors side by side.",
 )
+@NUMERICS
+@METHODS
 @click.option("--offline", is_flag=True, help="Never connect (hub sources are not built yet, so builds never do).")
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
@@ -54,18 +68,27 @@ def command(
     memory: int,
     jobs: int | None,
     workers: str,
+    numerics: str | None,
+    files: tuple[str, ...],
     offline: bool,
     as_json: bool,
     verbose: bool,
 ) -> dict[str, Any]:
     """Build the outputs of RECIPE (a recipe of ours or a mergekit YAML), or the STAGEs named."""
-    parsed = api.read_recipe(recipe)
+    builders = load(files)
+    parsed = api.read_recipe(recipe, builders, numerics)
     if not parsed.outputs and output is None and not stages:
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
-    prepared = api.prepare(parsed, stages, output)
+    prepared = api.prepare(parsed, stages, output, builders, capability())
     with Store.open(store_folder(store, recipe)) as opened, shown() as events:
         report = api.build(
-            prepared, opened, memory=memory, jobs=jobs or cores(), processes=workers == "processes", events=events
+            prepared,
+            opened,
+            memory=memory,
+            jobs=jobs or cores(),
+            processes=workers == "processes",
+            events=events,
+            builders=builders,
         )
     document = {
         "ok": True,

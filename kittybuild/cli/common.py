@@ -33,7 +33,18 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 STORE = click.option(
     "--store", metavar="DIR", help="The store. Default: KITTYBUILD_STORE, kittybuild.yml, the user's cache."
 )
+NUMERICS = click.option(
+    "--numerics", metavar="CLASS", help="The arithmetic of merges that name none. Default: the recipe's, else kitty-1."
+)
+METHODS = click.option(
+    "--methods", "files", metavar="FILE", multiple=True, help="A Python file with merge methods; may be given again."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def capability() -> str | None:
+    """The instruction set that torch is told to use, if it is told."""
+    return os.environ.get("ATEN_CPU_CAPABILITY")
 
 
 def store_folder(given: str | None, recipe: str | None) -> str:

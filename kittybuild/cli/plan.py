@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from kittybuild import api
-from kittybuild.cli.common import JSON, STORE, Size, amount, answers, cores, store_folder
+from kittybuild.builders.plugins import load
+from kittybuild.cli.common import (
+    JSON,
+    METHODS,
+    NUMERICS,
+    STORE,
+    Size,
+    amount,
+    answers,
+    capability,
+    cores,
+    store_folder,
+)
 from kittybuild.planner.estimate import Estimate, estimate
 from kittybuild.store.store import Store
 
@@ -15,22 +28,36 @@ from kittybuild.store.store import Store
 @click.command("plan")
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("stages", nargs=-1)
+@click.option("--explain", metavar="TENSOR", help="Show how this tensor is made, with where each parameter comes from.")
 @STORE
 @click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
+@NUMERICS
+@METHODS
 @JSON
 @answers
 def command(
-    recipe: str, stages: tuple[str, ...], store: str | None, memory: int, jobs: int | None, as_json: bool
+    recipe: str,
+    stages: tuple[str, ...],
+    explain: str | None,
+    store: str | None,
+    memory: int,
+    jobs: int | None,
+    numerics: str | None,
+    files: tuple[str, ...],
+    as_json: bool,
 ) -> dict[str, Any]:
     """Show what building RECIPE would compute, link, copy, read and write. Starts neither torch nor transformers."""
-    prepared = api.prepare(api.read_recipe(recipe), stages)
+    builders = load(files)
+    prepared = api.prepare(api.read_recipe(recipe, builders, numerics), stages, None, builders, capability())
     folder = store_folder(store, recipe)
-    if Store.exists(folder):
-        with Store.open(folder) as opened:
-            found = estimate(api.plan(prepared, opened), memory=memory, jobs=jobs or cores())
-    else:
-        found = estimate(api.plan(prepared, None), memory=memory, jobs=jobs or cores())
+    with Store.open(folder) if Store.exists(folder) else nullcontext() as opened:
+        if explain is not None:
+            told = api.explain(prepared, opened, explain, builders)
+            if not as_json:
+                click.echo("\n".join(line for one in told for line in one.lines()))
+            return {"ok": True, "explain": [one.to_json() for one in told]}
+        found = estimate(api.plan(prepared, opened, builders), builders, memory=memory, jobs=jobs or cores())
     if not as_json:
         _print(found)
     return {"ok": True, **found.to_json(), "folders": dict(prepared.folders)}

@@ -45,7 +45,7 @@ class Derivation:
     """
 
     builder: str
-    version: int
+    version: int | str
     params: Mapping[str, Any]
     inputs: tuple[Input, ...]
     output: TensorSpec

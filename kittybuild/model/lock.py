@@ -13,12 +13,14 @@ class Pin:
     """One source: the recipe's words for it, its files by name with their sizes, and a digest over its tensors.
 
     `content` is over (name, digest, dtype, shape) of every tensor that the build read; `read` is their number.
+    `quantized`: how many of the source's tensors are stored in each quantized type.
     """
 
     words: Mapping[str, str]
     files: tuple[tuple[str, int], ...]
     content: Digest
     read: int
+    quantized: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> Json:
         """The pin as `kittybuild.json` holds it."""
@@ -27,6 +29,7 @@ class Pin:
             "files": [list(file) for file in self.files],
             "content": self.content.hex,
             "read": self.read,
+            **({"quantized": dict(self.quantized)} if self.quantized else {}),
         }
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Scalar = bool | int | float | str
 
@@ -15,7 +15,8 @@ Scalar = bool | int | float | str
 class Param:
     """One parameter. `scope`: one value per model, or one shared by all. `default` None with `required` False: absent.
 
-    `accepted` marks words of the peers that have no effect here: they are taken with a note.
+    `accepted` marks words of the peers that have no effect here: they are taken with a note. `choices`: the words that
+    a parameter of kind str may be; `booleans`: which of them false and true stand for, where they are taken too.
     """
 
     name: str
@@ -27,15 +28,30 @@ class Param:
     low: float | None = None
     high: float | None = None
     accepted: bool = False
+    choices: tuple[str, ...] = ()
+    booleans: tuple[str, str] | None = None
 
     def parse(self, value: Scalar) -> Scalar:
         """`value` as this parameter's type and within its range; raises ValueError with what is wanted."""
+        if self.kind is str:
+            return self._choice(value)
         parsed = _KINDS[self.kind](value)
         if not isinstance(parsed, str) and (
             (self.low is not None and parsed < self.low) or (self.high is not None and parsed > self.high)
         ):
             raise ValueError(f"must be {self.range_text()}")
         return parsed
+
+    def _choice(self, value: Scalar) -> str:
+        if not self.choices or value in self.choices:
+            return str(value)
+        wanted = f"must be one of {', '.join(self.choices)}"
+        if self.booleans is None:
+            raise ValueError(wanted)
+        try:
+            return self.booleans[_as_bool(value)]
+        except ValueError:
+            raise ValueError(f"{wanted}, or true or false") from None
 
     def range_text(self) -> str:
         """The range for a person."""
@@ -79,13 +95,19 @@ def _as_bool(value: Scalar) -> bool:
 _KINDS: Mapping[type, Callable[[Scalar], Scalar]] = MappingProxyType({float: _as_float, int: _as_int, bool: _as_bool})
 
 
+def no_complaint(params: Mapping[str, Any]) -> None:
+    """Any parameters will do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A merge method as a recipe sees it.
 
     `base`: "required" (it works on differences from the base), "optional" (on differences where a base is given, else
     on the models themselves) or "ordinary" (a base model is one input among the others). `least` and `most` count the
-    models beside such a base; with an ordinary one, all. `doc`: what it does, in a sentence or two.
+    models beside such a base; with an ordinary one, all. `doc`: what it does, in a sentence or two. `check`: what is
+    wrong with the resolved parameters of one tensor as a whole (a derivation's `params`), None where nothing is.
+    `random`: it draws random numbers.
     """
 
     name: str
@@ -96,6 +118,8 @@ class Method:
     least: int = 1
     most: int | None = None
     doc: str = ""
+    check: Callable[[Mapping[str, Any]], str | None] = no_complaint
+    random: bool = False
 
     def param(self, name: str) -> Param | None:
         """The parameter of that name."""
@@ -119,3 +143,7 @@ class Method:
 def find(methods: Sequence[Method], name: str) -> Method | None:
     """The method of that name."""
     return next((method for method in methods if method.name == name), None)
+
+
+Catalogue = Mapping[str, tuple[Method, ...]]
+"""The merge methods of each class of arithmetic, by its name, in the order of declaration."""

@@ -15,7 +15,8 @@ class StagePlan:
 
     `donor`: the source whose companion files go with the weights; `config`: its config.json as this stage changes it.
     `shards`: the names of each shard, for a stage that becomes an output or is asked for by name; else empty.
-    `keep`: whether computed tensors are kept in packs (False: made in memory when a consumer needs them).
+    `keep`: whether computed tensors are kept in packs (False: made in memory when a consumer needs them). `allow_nan`:
+    NaN and infinity among them are no error.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StagePlan:
     config: Mapping[str, Any] | None
     shards: tuple[tuple[str, ...], ...] = ()
     keep: bool = True
+    allow_nan: bool = False
 
     @property
     def derivations(self) -> Mapping[str, Derivation]:

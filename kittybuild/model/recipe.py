@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.method import Scalar
 from kittybuild.tensors import DType
 
@@ -31,10 +32,22 @@ NOWHERE = At("<recipe>", 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A value for the tensors whose name contains `filter` (None or `*`: for all)."""
+    """A value for the tensors that it matches: by name, and by the number of their layer.
+
+    `filter`: a part of the name, or `re:` and a pattern that is searched in it (None or `*`: all). `layers`: the
+    half-open range of layers (None: all, and what stands outside the layers); its end None: to the last.
+    """
 
     value: Scalar | tuple[Scalar, ...]
     filter: str | None
+    layers: tuple[int, int | None] | None = None
+    at: At = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        start, end = self.layers or (0, None)
+        layers = f"layers {start}..{'' if end is None else end}" if self.layers else ""
+        named = "" if self.filter is None else f"the filter {self.filter!r}"
+        return " of ".join(part for part in (named, layers) if part) or "the value without a filter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +112,10 @@ class ModelUse:
 
 @dataclass(frozen=True)
 class Slice:
-    """Some layers of the output, merged from as many layers of each source."""
+    """Some layers of the output, merged from as many layers of each source. `method`: its own, else the merge's."""
 
     sources: tuple[ModelUse, ...]
+    method: str | None = None
     base: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
     at: At = field(default=NOWHERE, compare=False)
@@ -109,7 +123,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class MergeStage:
-    """A merge, as a mergekit configuration says it: `models` (whole) or `slices` (layer ranges)."""
+    """A merge, as a mergekit configuration says it: `models` (whole) or `slices` (layer ranges).
+
+    `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity in the output are no error.
+    """
 
     name: str
     method: str
@@ -119,7 +136,9 @@ class MergeStage:
     parameters: Parameters = field(default_factory=dict)
     dtype: DType | None = None
     out_dtype: DType | None = None
+    numerics: str = KITTY_1
     keep: bool = True
+    allow_nan: bool = False
     at: At = field(default=NOWHERE, compare=False)
     kind: Literal["merge"] = "merge"
 
@@ -149,6 +168,7 @@ class ApplyLoraStage:
     dtype: DType | None = None
     out_dtype: DType | None = None
     keep: bool = True
+    allow_nan: bool = False
     at: At = field(default=NOWHERE, compare=False)
     kind: Literal["apply_lora"] = "apply_lora"
 

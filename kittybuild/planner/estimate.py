@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kittybuild.builders.base import Builders
 from kittybuild.model.derivation import Derivation, StageTensor
 from kittybuild.model.plan import StagePlan, inputs_of
 from kittybuild.planner.known import Known
@@ -45,12 +46,12 @@ class Estimate:
         return {"stages": stages, "peak_memory": self.peak_memory, "notes": list(self.notes)}
 
 
-def estimate(known: Known, *, memory: int, jobs: int) -> Estimate:
+def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Estimate:
     """What building the plan behind `known` would take with that budget (bytes) and number of workers."""
     works = [stage_work(known.plan, name, known) for name in known.plan.stages]
     stages = {work.stage.name: _stage(work, known) for work in works}
     computes = any(stage.computed or stage.copied for stage in stages.values())
-    peak = min(memory, RUNTIME + jobs * BLOCKS + _largest_whole(known, works)) if computes else 60_000_000
+    peak = min(memory, RUNTIME + jobs * BLOCKS + _largest_whole(known, works, builders)) if computes else 60_000_000
     return Estimate(stages, peak, known.plan.notes)
 
 
@@ -82,14 +83,16 @@ def _files(stage: StagePlan, known: Known) -> tuple[str, ...]:
     return tuple(companion.name for companion in known.sources.checkpoints[stage.donor].companions)
 
 
-def _largest_whole(known: Known, works: list[StageWork]) -> int:
-    """The most bytes that one derivation holds beside its blocks: whole factors, and inputs made in memory."""
+def _largest_whole(known: Known, works: list[StageWork], builders: Builders) -> int:
+    """The most bytes that one derivation holds beside its blocks: inputs taken whole, and inputs made in memory."""
     most = 0
     for work in works:
         for name in work.compute:
             step = work.stage.steps[name]
             if isinstance(step, Derivation):
-                held = sum(24 * given.spec.numel for given in step.inputs[1:]) if step.builder == "lora" else 0
+                builder = builders.behind(step)
+                whole = () if builder.streamed is None else step.inputs[builder.streamed :]
+                held = sum(given.spec.nbytes + builder.whole * given.spec.numel for given in whole)
                 held += sum(
                     given.spec.nbytes
                     for given in step.inputs

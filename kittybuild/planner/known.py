@@ -17,11 +17,6 @@ from kittybuild.store.store import Location, Store
 from kittybuild.tensors import TensorRef
 
 
-def memo_name(entry: Entry) -> str:
-    """Under which name a file's memo keeps the digest of a tensor: decoded tensors count by their decoder."""
-    return entry.name if entry.encoding == RAW else f"{entry.encoding}/1/{entry.name}"
-
-
 class Known:
     """The contents known so far, and where they lie. Looked up in bulk, stage by stage; never forgets."""
 
@@ -42,6 +37,12 @@ class Known:
         if path not in self._file_ids:
             self._file_ids[path] = self._identify(path)
         return self._file_ids[path]
+
+    def memo_name(self, entry: Entry) -> str:
+        """Under which name the memo of its file keeps the digest of a tensor: decoded tensors count by their decoder,
+        and by the other files that it reads."""
+        others = [self.file_id(path).key().hex for path in entry.files[1:]]
+        return entry.name if entry.encoding == RAW else "/".join([entry.encoding, "1", *others, entry.name])
 
     def check_unchanged(self, path: str) -> None:
         """Raise SourceError KB210 if a source file is not the one whose header was read any more."""
@@ -69,7 +70,7 @@ class Known:
 
     def _recall(self, tensor: SourceTensor) -> None:
         entry = self.entry(tensor)
-        if digest := self._memo(entry.file).get(memo_name(entry)):
+        if digest := self._memo(entry.file).get(self.memo_name(entry)):
             self._refs[tensor] = TensorRef(digest, tensor.spec)
 
     def _memo(self, path: str) -> Mapping[str, Digest]:

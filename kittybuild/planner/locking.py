@@ -33,7 +33,8 @@ def pins(known: Known, decls: Mapping[str, SourceDecl]) -> dict[str, Pin]:
         words = {"path": decl.path}
         if decl.package:
             words = {"package": decl.package, "version": package_version(decl.package), "file": decl.path}
+        quantized = tuple(sorted(checkpoint.quantized.items()))
         files = tuple((os.path.basename(file.path), file.size) for file in checkpoint.files)
         tensors = sorted(read.get(name, []), key=lambda item: str(item[0]))
-        found[name] = Pin(words, files, tagged("kittybuild.pin.v1", tensors), len(tensors))
+        found[name] = Pin(words, files, tagged("kittybuild.pin.v1", tensors), len(tensors), quantized)
     return found

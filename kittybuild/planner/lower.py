@@ -13,6 +13,8 @@ from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, Mode
 from kittybuild.planner.config import with_dtype
 from kittybuild.planner.lower_lora import lower_lora
 from kittybuild.planner.lower_merge import MergeLowering
+from kittybuild.planner.machine import Machine
+from kittybuild.planner.merge_params import Origin
 from kittybuild.planner.views import Sources, View, need_adapter
 from kittybuild.tensors import DType
 
@@ -30,12 +32,15 @@ def targets(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in recipe.stages if name not in needed)
 
 
-def lower(recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders) -> Plan:
-    """Every tensor that the wanted stages need, as steps. Raises all problems of all stages at once."""
-    lowering = _Lowering(recipe, sources, builders)
-    for name in wanted:
-        lowering.stage(name)
-    raise_all(lowering.problems)
+def lower(
+    recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders, machine: Machine | None = None
+) -> Plan:
+    """Every tensor that the wanted stages need, as steps. Raises all problems of all stages at once.
+
+    `machine`: where it is to be built, if a stage's class of arithmetic depends on that.
+    """
+    lowering = _Lowering(recipe, sources, builders, machine)
+    lowering.all_of(wanted)
     kept = _reached(lowering.done, wanted)
     stages = {}
     for name, stage in lowering.done.items():
@@ -46,6 +51,15 @@ def lower(recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Bui
             stages[name] = replace(stage, steps={n: step for n, step in stage.steps.items() if n in kept[name]})
     notes = tuple(f"{c.where}: {note}" for c in sources.checkpoints.values() for note in c.notes)
     return Plan(stages, (*recipe.notes, *lowering.notes, *notes))
+
+
+def origins(
+    recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders, machine: Machine | None, tensor: str
+) -> dict[str, tuple[Origin, ...]]:
+    """The parameters of a tensor in each stage that merges it, with the places in the recipe that they came from."""
+    lowering = _Lowering(recipe, sources, builders, machine)
+    lowering.all_of(wanted)
+    return {name: merge.origins(tensor) for name, merge in lowering.merges.items()}
 
 
 def shards_of(steps: Mapping[str, Step], shard_size: int) -> tuple[tuple[str, ...], ...]:
@@ -78,13 +92,20 @@ def _reached(stages: Mapping[str, StagePlan], wanted: Sequence[str]) -> dict[str
 class _Lowering:
     """The stages lowered so far. A stage is lowered when the first reference asks for it."""
 
-    def __init__(self, recipe: Recipe, sources: Sources, builders: Builders) -> None:
-        self.recipe, self.sources, self.builders = recipe, sources, builders
+    def __init__(self, recipe: Recipe, sources: Sources, builders: Builders, machine: Machine | None) -> None:
+        self.recipe, self.sources, self.builders, self.machine = recipe, sources, builders, machine
         self.problems: list[KittybuildError] = []
         self.done: dict[str, StagePlan] = {}
+        self.merges: dict[str, MergeLowering] = {}
         self.views: dict[str, View] = {}
         self.broken: set[str] = set()
         self.notes: list[str] = []
+
+    def all_of(self, wanted: Sequence[str]) -> None:
+        """Lower these stages and what they need. Raises all problems at once."""
+        for name in wanted:
+            self.stage(name)
+        raise_all(self.problems)
 
     def stage(self, name: str) -> View:
         """The model that a stage makes."""
@@ -121,8 +142,9 @@ class _Lowering:
             return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
-            merge = MergeLowering(stage, self.view, self.builders, self.problems, self.recipe.seed)
-            steps, donor = merge.steps(), merge.donor()
+            merge = MergeLowering(stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine)
+            self.merges[stage.name] = merge
+            steps, donor = merge.steps(), merge.donor
             config = merge.config() if len(self.problems) == before else None
             self.notes += merge.notes
         else:
@@ -140,7 +162,9 @@ class _Lowering:
             self._break(stage)
             return
         config = config and _dtype_fixed(config, donor, steps)
-        self.done[stage.name] = StagePlan(stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep)
+        self.done[stage.name] = StagePlan(
+            stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep, allow_nan=stage.allow_nan
+        )
         tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
         self.views[stage.name] = View(stage.name, tensors, donor.donor, config)
 

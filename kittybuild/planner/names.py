@@ -13,6 +13,9 @@ _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.(?P<rest>.*)", re.D
 _DIGITS = re.compile(r"([0-9]+)")
 _FIRST = re.compile(r"emb|wte|wpe")
 _LAST = re.compile(r"unembed|embed_out|lm_head")
+_VOCABULARY = re.compile(
+    r"(^|[._])(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head)[._]weight"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,11 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 def before_layers(name: str) -> bool:
     """Whether a tensor outside the layers comes before them: it is (part of) an embedding and no head."""
     return bool(_FIRST.search(name)) and not _LAST.search(name)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token: token embeddings and heads, by the names that models give them."""
+    return bool(_VOCABULARY.search(name))
 
 
 def natural(name: str) -> tuple[tuple[tuple[int, str], ...], str]:

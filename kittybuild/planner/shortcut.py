@@ -11,14 +11,24 @@ from dataclasses import replace
 from kittybuild import __version__
 from kittybuild.builders.base import Builders
 from kittybuild.digest import Digest, tagged
-from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, ModelRef, Recipe, Stage, to_json
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, to_json
+from kittybuild.planner.machine import Machine
+from kittybuild.planner.peers import rules_of
 
 
 def stage_keys(
-    recipe: Recipe, wanted: Sequence[str], fingerprints: Mapping[str, Digest], builders: Builders
+    recipe: Recipe,
+    wanted: Sequence[str],
+    fingerprints: Mapping[str, Digest],
+    builders: Builders,
+    machine: Machine | None = None,
 ) -> dict[str, Digest]:
-    """The keys of all stages that the wanted ones need, in the order of building."""
-    keys = _Keys(recipe, fingerprints, {f"{b.numerics}/{b.name}": b.version for b in builders.by_class.values()})
+    """The keys of all stages that the wanted ones need, in the order of building.
+
+    `machine`: where they are to be built, if a class of arithmetic depends on that.
+    """
+    versions = {f"{b.numerics}/{b.name}": b.version for b in builders.by_class.values()}
+    keys = _Keys(recipe, fingerprints, versions, machine)
     for name in wanted:
         keys.stage(recipe.stages[name])
     # What an intermediate stage lists depends on what is asked of it.
@@ -31,8 +41,14 @@ def _shard_size(recipe: Recipe, name: str) -> int | None:
 
 
 class _Keys:
-    def __init__(self, recipe: Recipe, fingerprints: Mapping[str, Digest], versions: Mapping[str, int]) -> None:
-        self.recipe, self.fingerprints, self.versions = recipe, fingerprints, versions
+    def __init__(
+        self,
+        recipe: Recipe,
+        fingerprints: Mapping[str, Digest],
+        versions: Mapping[str, int | str],
+        machine: Machine | None,
+    ) -> None:
+        self.recipe, self.fingerprints, self.versions, self.machine = recipe, fingerprints, versions, machine
         self.done: dict[str, Digest] = {}
 
     def stage(self, stage: Stage) -> Digest:
@@ -41,10 +57,12 @@ class _Keys:
             named = {str(ref): self.model(ref).hex for ref in stage.references()}
             if isinstance(stage, ApplyLoraStage):
                 named |= {str(use.adapter): self.fingerprints[use.adapter.base_text].hex for use in stage.adapters}
+            peers = isinstance(stage, MergeStage) and rules_of(stage.numerics).peer
             form = {
                 "tool": __version__,
                 "versions": self.versions,
                 "seed": self.recipe.seed,
+                "machine": self.machine.text(numpy=True) if peers and self.machine else None,
                 "stage": to_json(replace(stage, name="")),
                 "models": named,
             }

@@ -1,16 +1,17 @@
-"""From the text of a merge stage to MergeStage: method, models or slices, parameters at four levels."""
+"""From the text of a merge stage to MergeStage: methods, models or slices, parameters at four levels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest
-from kittybuild.model.method import Method, Param, find
-from kittybuild.model.recipe import At, Given, MergeStage, ModelRef, ModelUse, Slice
+from kittybuild.model.method import Catalogue, Method, Param, find
+from kittybuild.model.recipe import At, Filtered, Given, MergeStage, ModelRef, ModelUse, Slice
 from kittybuild.recipe.reference import parse_reference
 from kittybuild.recipe.schema import MergeText, SliceText
-from kittybuild.recipe.settings import parse_setting, scalars
+from kittybuild.recipe.settings import entries, parse_entry, scalars
 from kittybuild.recipe.yamltext import Document, Path
 
 Problems = list[KittybuildError]
@@ -20,17 +21,24 @@ Problems = list[KittybuildError]
 class Scope:
     """Where in the text we stand, what is known, and the problems and notes so far.
 
-    `strict`: words of the peers that have no effect are errors (in a mergekit YAML they are notes). `left_out`: keys of
-    the stage that are noted as wrong already.
+    `numerics`: the class of arithmetic, of which there are the methods `known`. `strict`: words of the peers that have
+    no effect are errors (in a mergekit YAML they are notes). `left_out`: keys of the stage that are noted as wrong
+    already.
     """
 
     document: Document
     path: Path
-    methods: tuple[Method, ...]
+    catalogue: Catalogue
+    numerics: str
     problems: Problems
     notes: list[str]
     strict: bool
     left_out: frozenset[str] = frozenset()
+
+    @property
+    def known(self) -> tuple[Method, ...]:
+        """The methods of the class."""
+        return self.catalogue[self.numerics]
 
     def fail(self, code: str, message: str, at: At, hint: str | None = None) -> None:
         """Note a problem and go on."""
@@ -53,40 +61,64 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     _not_yet(form, scope)
     if scope.strict and form.name is not None:
         scope.fail("KB102", "unknown key 'name'", scope.at("name"), "a stage has the name that it stands under")
-    method = find(scope.methods, form.merge_method)
-    if method is None:
-        words = [known.name for known in scope.methods]
-        scope.fail(
-            "KB104",
-            f"unknown merge_method {form.merge_method!r}",
-            scope.at("merge_method"),
-            nearest(form.merge_method, words),
-        )
+    method = _method(form.merge_method, scope, "merge_method")
     given = [key for key in ("models", "slices") if getattr(form, key)]
     if len(given) != 1 and not {"models", "slices"} & scope.left_out:
         found, hint = ("both", "keep one of them") if given else ("neither", "list the models under `models:`")
         scope.fail("KB108", f"a merge has either 'models' or 'slices', here are {found}", scope.at(), hint)
     base = parse_reference(form.base_model, scope.at("base_model"), scope.problems) if form.base_model else None
-    per_slice = bool(form.slices) and all(part.base_model for part in form.slices or [])
-    if method and method.base == "required" and not base and not per_slice and "base_model" not in scope.left_out:
-        scope.fail("KB103", f"{method.name} needs a base_model", scope.at(), "add `base_model: NAME`")
+    texts = form.slices or []
+    methods = [_slice_method(item, index, method, scope) for index, item in enumerate(texts)]
+    if not base and "base_model" not in scope.left_out:
+        lacking = [own for own, item in zip(methods, texts, strict=True) if not item.base_model]
+        _need_base(lacking if form.slices else [method], scope)
     models = [use for i, item in enumerate(form.models or []) if (use := _use(item, scope, method, "models", i))]
-    slices = [part for i, item in enumerate(form.slices or []) if (part := _slice(item, scope, method, i))]
-    parameters = _parameters(form.parameters, scope, method, ("parameters",), shared=True)
+    parts = [_slice(item, scope, own, i) for i, (item, own) in enumerate(zip(texts, methods, strict=True))]
+    everywhere = (method, *methods)
+    used = tuple({one.name: one for one in everywhere if one}.values()) if all(everywhere) else ()
+    parameters = _parameters(form.parameters, scope, used, ("parameters",), shared=True)
     if method is None:
         return None
-    if method.base == "required":
-        _base_parameters(method, [(use, base) for use in models], scope)
-        _base_parameters(method, [(use, part.base or base) for part in slices for use in part.sources], scope)
-    return MergeStage("", method.name, tuple(models), tuple(slices), base, parameters)
+    _base_parameters(method, models, base, scope)
+    for part, own in zip(parts, methods, strict=True):
+        if part and own:
+            _base_parameters(own, part.sources, part.base or base, scope)
+    slices = tuple(part for part in parts if part)
+    return MergeStage("", method.name, tuple(models), slices, base, parameters, numerics=scope.numerics)
 
 
-def _base_parameters(method: Method, uses: list[tuple[ModelUse, ModelRef | None]], scope: Scope) -> None:
-    """The base of such a method is no input with parameters of its own."""
-    for use, base in uses:
-        for name, given in use.parameters.items() if use.model == base else ():
-            message = f"{name!r} has no effect on the base model: {method.name} works on differences from it"
-            scope.without_effect(message, given.at, "take it out")
+def _slice_method(item: SliceText, index: int, method: Method | None, scope: Scope) -> Method | None:
+    """The method of a slice: its own, else the merge's."""
+    return _method(item.merge_method, scope, "slices", index, "merge_method") if item.merge_method else method
+
+
+def _method(name: str, scope: Scope, *path: str | int) -> Method | None:
+    """The method of that name in the stage's class; None where there is none (noted)."""
+    found = find(scope.known, name)
+    if found is None:
+        message, hint = f"unknown merge_method {name!r}", nearest(name, [known.name for known in scope.known])
+        if others := [numerics for numerics, methods in scope.catalogue.items() if find(methods, name)]:
+            message = f"{scope.numerics} has no merge_method {name!r}"
+            hint = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it: write `numerics: {others[0]}`"
+        scope.fail("KB104", message, scope.at(*path), hint)
+    return found
+
+
+def _need_base(methods: Sequence[Method | None], scope: Scope) -> None:
+    """Note that there is no base for one of these methods."""
+    needing = next((method for method in methods if method and method.base == "required"), None)
+    if needing:
+        scope.fail("KB103", f"{needing.name} needs a base_model", scope.at(), "add `base_model: NAME`")
+
+
+def _base_parameters(method: Method, uses: Sequence[ModelUse], base: ModelRef | None, scope: Scope) -> None:
+    """The base of a method on differences is no input with parameters of its own."""
+    if method.base == "ordinary":
+        return
+    use = next((use for use in uses if use.model == base), None)
+    for name, given in use.parameters.items() if use else ():
+        message = f"{name!r} has no effect on the base model: {method.name} works on differences from it"
+        scope.without_effect(message, given.at, "take it out")
 
 
 def _not_yet(form: MergeText, scope: Scope) -> None:
@@ -106,7 +138,7 @@ def _not_yet(form: MergeText, scope: Scope) -> None:
 
 def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> ModelUse | None:
     model = parse_reference(item.model, scope.at(*path, "model"), scope.problems)
-    parameters = _parameters(item.parameters, scope, method, (*path, "parameters"), shared=False)
+    parameters = _parameters(item.parameters, scope, (method,) if method else (), (*path, "parameters"), shared=False)
     layers = getattr(item, "layer_range", None)
     if layers is not None and not 0 <= layers[0] < layers[1]:
         hint = "[start, end): counted from 0, the end is not taken"
@@ -127,45 +159,67 @@ def _slice(item: SliceText, scope: Scope, method: Method | None, index: int) -> 
         scope.fail("KB113", f"the sources of a slice span unequal numbers of layers ({spans})", scope.at(*path), hint)
     if item.residual_weight is not None:
         scope.without_effect("'residual_weight' has no effect", scope.at(*path, "residual_weight"), "take it out")
-    parameters = _parameters(item.parameters, scope, method, (*path, "parameters"), shared=True)
-    return Slice(uses, base, parameters, scope.at(*path)) if len(uses) == len(item.sources) else None
+    parameters = _parameters(item.parameters, scope, (method,) if method else (), (*path, "parameters"), shared=True)
+    own = method.name if method and item.merge_method else None
+    return Slice(uses, own, base, parameters, scope.at(*path)) if len(uses) == len(item.sources) else None
 
 
 def _parameters(
-    given: dict[str, Any] | None, scope: Scope, method: Method | None, path: Path, *, shared: bool
+    given: Mapping[str, Any] | None, scope: Scope, methods: Sequence[Method], path: Path, *, shared: bool
 ) -> dict[str, Given]:
-    """The settings of one level. A word that no method knows is an error; one without effect here is, too."""
+    """The settings of one level, for the methods that it counts for (none: they are unknown, which is noted).
+
+    A word that no method knows is an error; one without effect here is, too.
+    """
     found: dict[str, Given] = {}
     for name, value in (given or {}).items():
         at = scope.document.key_at((*scope.path, *path, name))
-        param = method.param(name) if method else None
-        if method and param is None:
-            message, hint = f"{method.name} has no parameter {name!r}", nearest(name, [p.name for p in method.params])
-            if any(other.param(name) for other in scope.methods):
-                scope.without_effect(message, at, hint)
-            else:
-                scope.fail("KB105", message, at, hint)
-        elif param and param.accepted:
-            scope.notes.append(f"{at}: {name!r} {param.doc}: it is ignored")
-        elif param and param.scope == "shared" and not shared:
+        params = [param for method in methods if (param := method.param(name))]
+        if methods and not params:
+            _unknown(name, scope, methods, at)
+        elif params and all(param.accepted for param in params):
+            scope.notes.append(f"{at}: {name!r} {params[0].doc}: it is ignored")
+        elif params and not shared and all(param.scope == "shared" for param in params):
             message = f"{name!r} is one value for all models, so it has no effect under one of them"
             scope.without_effect(message, at, "put it under `parameters:` of the slice or of the whole merge")
-        elif value is not None and (setting := _setting(name, value, param, scope, at)):
+        elif value is not None and (setting := _setting(name, value, params, scope, (*path, name), at)):
             found[name] = setting
     return found
 
 
-def _setting(name: str, value: Any, param: Param | None, scope: Scope, at: At) -> Given | None:
+def _unknown(name: str, scope: Scope, methods: Sequence[Method], at: At) -> None:
+    """None of the methods has such a parameter."""
+    message = f"{' and '.join(method.name for method in methods)} has no parameter {name!r}"
+    hint = nearest(name, [param.name for method in methods for param in method.params])
+    if any(other.param(name) for known in scope.catalogue.values() for other in known):
+        scope.without_effect(message, at, hint)
+    else:
+        scope.fail("KB105", message, at, hint)
+
+
+def _setting(name: str, value: Any, params: Sequence[Param], scope: Scope, path: Path, at: At) -> Given | None:
     """The setting, if each scalar in it is of the parameter's type and range."""
-    try:
-        setting = parse_setting(value, at)
-    except ValueError as error:
-        scope.fail("KB106", f"{name!r} cannot be read: {error}", at)
-        return None
-    for scalar in scalars(setting) if param else ():
+    found: list[Filtered] = []
+    for way, item in entries(value):
+        place = scope.at(*path, *way) if way else at
         try:
-            param.parse(scalar)  # type: ignore[union-attr]  # without one there is nothing to parse
+            entry = parse_entry(item, place)
         except ValueError as error:
-            scope.fail("KB106", f"{name!r} cannot be {scalar!r}: it {error}", at)
+            scope.fail("KB106", f"{name!r} cannot be read: {error}", place)
             return None
-    return setting
+        for scalar in scalars(entry):
+            for param in params:
+                if not param.accepted and not _fits(param, scalar, place, scope):
+                    return None
+        found.append(entry)
+    return Given(tuple(found), at)
+
+
+def _fits(param: Param, scalar: Any, at: At, scope: Scope) -> bool:
+    try:
+        param.parse(scalar)
+    except ValueError as error:
+        hint = nearest(str(scalar), param.choices) if param.choices else None
+        scope.fail("KB106", f"{param.name!r} cannot be {scalar!r}: it {error}", at, hint)
+        return False
+    return True

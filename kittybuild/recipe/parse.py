@@ -6,25 +6,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest, raise_all
-from kittybuild.model.method import Method
-from kittybuild.model.recipe import (
-    AdapterUse,
-    ApplyLoraStage,
-    At,
-    Output,
-    Recipe,
-    SourceDecl,
-    Stage,
-)
-from kittybuild.recipe.merge import Problems, Scope, merge_stage
-from kittybuild.recipe.reference import parse_reference
-from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, MergeText, OutputText, RecipeText, SourceText, check
-from kittybuild.recipe.yamltext import Document, Path, read_documents
-from kittybuild.tensors import DType
+from kittybuild.model.derivation import KITTY_1
+from kittybuild.model.method import Catalogue
+from kittybuild.model.recipe import ApplyLoraStage, Output, Recipe, SourceDecl, Stage
+from kittybuild.recipe.merge import Problems
+from kittybuild.recipe.schema import OutputText, RecipeText, SourceText, check
+from kittybuild.recipe.stage import Reading, read_dtypes, read_numerics, read_stage
+from kittybuild.recipe.yamltext import Document, read_documents
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?")
 
@@ -40,8 +30,11 @@ def parse_size(text: str | int) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
 
 
-def parse_recipe(text: str, file: str, methods: Sequence[Method]) -> Recipe:
-    """The recipe that `text` says; `file` is its name in messages. Raises RecipeError, or Problems with all of them."""
+def parse_recipe(text: str, file: str, catalogue: Catalogue, numerics: str | None = None) -> Recipe:
+    """The recipe that `text` says; `file` is its name in messages. Raises RecipeError, or Problems with all of them.
+
+    `numerics`: the class of the stages that name none, in place of the recipe's own.
+    """
     documents = read_documents(text, file)
     if not documents:
         raise RecipeError("KB103", "the recipe is empty", at=file, hint="start with `kittybuild: 1` or `merge_method:`")
@@ -54,7 +47,8 @@ def parse_recipe(text: str, file: str, methods: Sequence[Method]) -> Recipe:
         hint = "put all stages under one `stages:`"
         raise RecipeError("KB103", "a recipe of ours is one YAML document", at=str(documents[1].at(())), hint=hint)
     problems: Problems = []
-    recipe = _own(documents[0], text, methods, problems) if own else _mergekit(documents, text, methods, problems)
+    readings = [Reading(document, catalogue, numerics or KITTY_1, problems) for document in documents]
+    recipe = _own(readings[0], text, given=numerics) if own else _mergekit(readings, text)
     if recipe:
         _check_references(recipe, problems)
         recipe = replace(recipe, notes=(*recipe.notes, *_unused(recipe)))
@@ -68,22 +62,25 @@ def _place(error: KittybuildError) -> tuple[int, ...]:
     return tuple(int(number) for number in (error.at or "").split(":")[-2:] if number.isdigit())
 
 
-def _own(document: Document, text: str, methods: Sequence[Method], problems: Problems) -> Recipe | None:
+def _own(reading: Reading, text: str, given: str | None) -> Recipe | None:
+    document, problems = reading.document, reading.problems
     form, _ = check(RecipeText, document.value, document, problems, deep=2)
-    notes: list[str] = []
     if form is None:  # the stages are looked at all the same, so that their problems come along
         stages = document.value.get("stages")
         for name, stage in stages.items() if isinstance(stages, dict) else ():
             if isinstance(stage, dict):
-                _stage(name, stage, document, methods, problems, notes)
+                read_stage(name, stage, reading)
         return None
     defaults = {"dtype": form.defaults.dtype, "out_dtype": form.defaults.out_dtype}
-    sound = _dtypes(defaults, document, ("defaults",), problems)
-    defaults = {key: word if sound[key] else None for key, word in defaults.items()}
+    sound = read_dtypes(defaults, document, ("defaults",), problems)
+    reading = replace(
+        reading,
+        defaults={key: word if sound[key] else None for key, word in defaults.items()},
+        numerics=given or read_numerics(form.numerics, reading, ("numerics",)),
+        allow_nan=form.allow_nan,
+    )
     sources = {name: _source(name, source, document, problems) for name, source in form.sources.items()}
-    stages = {
-        name: _stage(name, stage, document, methods, problems, notes, defaults) for name, stage in form.stages.items()
-    }
+    stages = {name: read_stage(name, stage, reading) for name, stage in form.stages.items()}
     outputs = {name: _output(name, output, document, problems) for name, output in form.outputs.items()}
     _check_folders(outputs, problems)
     for name in sorted(set(sources) & set(stages)):
@@ -97,14 +94,14 @@ def _own(document: Document, text: str, methods: Sequence[Method], problems: Pro
         text=text,
         file=document.file,
         seed=form.defaults.seed,
-        notes=tuple(notes),
+        notes=tuple(reading.notes),
     )
 
 
-def _mergekit(documents: Sequence[Document], text: str, methods: Sequence[Method], problems: Problems) -> Recipe:
+def _mergekit(readings: Sequence[Reading], text: str) -> Recipe:
     stages: dict[str, Stage] = {}
-    notes: list[str] = []
-    for document in documents:
+    for reading in readings:
+        document, problems = reading.document, reading.problems
         name = document.value.get("name")
         name = name if isinstance(name, str) else "merge"
         if "+" in name or "@" in name:
@@ -114,10 +111,11 @@ def _mergekit(documents: Sequence[Document], text: str, methods: Sequence[Method
             at = str(document.key_at(("name",)))
             hint = "give each document a `name`; at most one goes without"
             problems.append(RecipeError("KB110", f"two documents are called {name!r}", at=at, hint=hint))
-        elif stage := _stage(name, document.value, document, methods, problems, notes, path=()):
+        elif stage := read_stage(name, document.value, reading, path=()):
             stages[name] = stage
-    file = documents[0].file
-    return Recipe(_stem(file), {}, stages, {}, text, file, dialect="mergekit", notes=tuple(notes))
+    file = readings[0].document.file
+    notes = tuple(note for reading in readings for note in reading.notes)
+    return Recipe(_stem(file), {}, stages, {}, text, file, dialect="mergekit", notes=notes)
 
 
 def _stem(file: str) -> str:
@@ -164,76 +162,6 @@ def _output(name: str, form: OutputText, document: Document, problems: Problems)
         problems.append(RecipeError("KB103", str(error), at=str(document.at(("outputs", name, "shard_size")))))
         return None
     return Output(name, form.folder, size, at)
-
-
-def _stage(
-    name: str,
-    value: dict[str, Any],
-    document: Document,
-    methods: Sequence[Method],
-    problems: Problems,
-    notes: list[str],
-    defaults: Mapping[str, str | None] = MappingProxyType({}),
-    path: Path | None = None,
-) -> Stage | None:
-    """A stage of ours, or (at the path of a whole document) a mergekit configuration."""
-    own, path = path is None, ("stages", name) if path is None else path
-    kind = value.get("kind", "merge")
-    schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
-    if schema is None:
-        where, hint = str(document.at((*path, "kind"))), nearest(str(kind), STAGE_KINDS)
-        problems.append(RecipeError("KB103", f"unknown kind of stage {kind!r}", at=where, hint=hint))
-        return None
-    form, left_out = check(schema, value, document, problems, path)
-    if form is None:
-        return None
-    given = {"dtype": form.dtype or defaults.get("dtype"), "out_dtype": form.out_dtype or defaults.get("out_dtype")}
-    dtypes = _dtypes(given, document, path, problems)
-    at = document.key_at(path) if path else document.at(path)
-    if isinstance(form, MergeText):
-        stage = merge_stage(form, Scope(document, path, tuple(methods), problems, notes, own, left_out))
-        if stage is None:
-            return None
-        return replace(stage, name=name, at=at, keep=form.keep, dtype=dtypes["dtype"], out_dtype=dtypes["out_dtype"])
-    return _apply_lora(name, form, document, path, problems, at, dtypes)
-
-
-def _apply_lora(
-    name: str,
-    form: ApplyLoraText,
-    document: Document,
-    path: Path,
-    problems: Problems,
-    at: At,
-    dtypes: Mapping[str, Any],
-) -> ApplyLoraStage | None:
-    base = parse_reference(form.base, document.at((*path, "base")), problems)
-    adapters: list[AdapterUse] = []
-    for index, item in enumerate(form.adapters):
-        here = document.at((*path, "adapters", index))
-        adapter = parse_reference(item.adapter, here, problems)
-        if adapter and adapter.adapter:
-            hint = f"list them one by one: {adapter.base_text} and {adapter.adapter_text}"
-            problems.append(RecipeError("KB111", f"an adapter has no adapter: {adapter}", at=str(here), hint=hint))
-        elif adapter:
-            adapters.append(AdapterUse(adapter, item.weight, here))
-    if base is None:
-        return None
-    return ApplyLoraStage(name, base, tuple(adapters), keep=form.keep, at=at, **dtypes)
-
-
-def _dtypes(
-    given: Mapping[str, str | None], document: Document, path: Path, problems: Problems
-) -> dict[str, DType | None]:
-    found: dict[str, DType | None] = {}
-    for key, word in given.items():
-        found[key] = DType.named(word) if word else None
-        if word and (found[key] is None or not found[key].is_float):  # type: ignore[union-attr]
-            hint = nearest(word, [dtype.torch_name for dtype in DType if dtype.is_float])
-            problems.append(
-                RecipeError("KB103", f"{key} cannot be {word!r}", at=str(document.at((*path, key))), hint=hint)
-            )
-    return found
 
 
 def _unused(recipe: Recipe) -> list[str]:

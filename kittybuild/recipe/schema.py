@@ -42,6 +42,7 @@ class SliceText(_Text):
     """`slices[]`."""
 
     sources: Annotated[list[SliceSourceText], Field(min_length=1)]
+    merge_method: StrictStr | None = None
     base_model: ReferenceText | None = None
     parameters: dict[str, Any] | None = None
     residual_weight: float | None = None
@@ -51,6 +52,7 @@ class _StageText(_Text):
     dtype: StrictStr | None = None
     out_dtype: StrictStr | None = None
     keep: StrictBool = True
+    allow_nan: StrictBool | None = None
 
 
 class MergeText(_StageText):
@@ -59,6 +61,7 @@ class MergeText(_StageText):
     kind: Literal["merge"] = "merge"
     name: StrictStr | None = None
     merge_method: StrictStr
+    numerics: StrictStr | None = None
     models: list[ModelText] | None = None
     slices: list[SliceText] | None = None
     modules: dict[str, Any] | None = None
@@ -116,6 +119,8 @@ class RecipeText(_Text):
     name: StrictStr | None = None
     sources: dict[Name, SourceText] = Field(default_factory=dict)
     defaults: DefaultsText = Field(default_factory=DefaultsText)
+    numerics: StrictStr | None = None
+    allow_nan: StrictBool = False
     stages: dict[Name, dict[str, Any]] = Field(min_length=1)
     outputs: dict[str, OutputText] = Field(default_factory=dict)
 

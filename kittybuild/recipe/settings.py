@@ -1,18 +1,22 @@
-"""Parameter values: from scalars, gradients and filters at four levels to one value for one tensor.
+"""Parameter values: from scalars, gradients and filters at several levels to one value for one tensor.
 
 Positions `t` run from 0 (first layer of the slice) to 1 (last); the arithmetic is in Python doubles, as the peers' is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from types import NoneType
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kittybuild.errors import RecipeError
 from kittybuild.model.method import Param, Scalar
-from kittybuild.model.recipe import At, Filtered, Given, Parameters
+from kittybuild.model.recipe import At, Filtered, Given
+
+PATTERN = "re:"
+_LAYERS = re.compile(r"([0-9]{0,9})\.\.([0-9]{0,9})")
+_KEYS = ("value", "filter", "layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,49 @@ class Resolved:
 
     value: Scalar | None
     at: At | None
+
+
+class Lookup:
+    """One parameter with its settings at all levels that count for it, nearest first; asked tensor by tensor.
+
+    `varies`: whether the answer may be another one for another tensor.
+    """
+
+    def __init__(self, param: Param, levels: Iterable[Given | None]) -> None:
+        self.param = param
+        items = [item for given in levels if given for item in given.values if item.value != ()]
+        self._items = [(item, taker(item), isinstance(item.value, tuple)) for item in items]
+        self.varies = bool(items) and (isinstance(items[0].value, tuple) or not takes_all(items[0]))
+        self._found: dict[tuple[int, float], Resolved] = {}
+        self._default = None if param.required else Resolved(param.default, None)
+
+    def resolve(self, tensor: str, layer: int | None, t: float) -> Resolved | None:
+        """The value for a tensor of that layer at that position: of the first entry that matches, else the default.
+
+        None: the parameter is required and nobody gives it. Raises RecipeError KB106 for a value of the wrong type or
+        range.
+        """
+        for index, (item, takes, gradient) in enumerate(self._items):
+            if takes(tensor, layer):
+                place = (index, t if gradient else 0.0)
+                if place not in self._found:
+                    self._found[place] = Resolved(self._value(item, tensor, t), item.at)
+                return self._found[place]
+        return self._default
+
+    def _value(self, item: Filtered, tensor: str, t: float) -> Scalar:
+        value: Scalar
+        if isinstance(item.value, tuple):
+            value = interpolate(item.value if self.param.kind in (bool, str) else _numbers(item.value), t)
+            if self.param.kind is int and isinstance(value, float):
+                value = round(value)  # between whole numbers, the nearest
+        else:
+            value = item.value
+        try:
+            return self.param.parse(value)
+        except ValueError as error:
+            message = f"{self.param.name!r} comes out as {value!r} for {tensor}: it {error}"
+            raise RecipeError("KB106", message, at=str(item.at)) from error
 
 
 def interpolate(values: Sequence[Scalar], t: float) -> Scalar:
@@ -34,31 +81,6 @@ def interpolate(values: Sequence[Scalar], t: float) -> Scalar:
     return (1 - part) * float(values[below]) + part * float(values[above])
 
 
-def matches(filter_text: str | None, tensor: str) -> bool:
-    """Whether a filter takes a tensor: no filter, `*`, or a plain substring of the name."""
-    return filter_text is None or filter_text == "*" or filter_text in tensor
-
-
-def value_for(given: Given, tensor: str, t: float, kind: type = float) -> Scalar | None:
-    """What `given` says for `tensor` at `t`: the first filter that matches; None if none does.
-
-    `kind` is the parameter's type: only of a number do the texts of a gradient count as numbers.
-    """
-    for item in given.values:
-        if matches(item.filter, tensor):
-            if not isinstance(item.value, tuple):
-                return item.value
-            values = item.value if kind is bool else _numbers(item.value)
-            return interpolate(values, t) if values else None
-    return None
-
-
-def unused(given: Given, tensors: Collection[str]) -> tuple[Filtered, ...]:
-    """The values of `given` that none of these tensors takes: no name matches, or earlier ones match first."""
-    taken = {next((i for i, item in enumerate(given.values) if matches(item.filter, name)), -1) for name in tensors}
-    return tuple(item for i, item in enumerate(given.values) if i not in taken)
-
-
 def _numbers(values: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
     """YAML reads `1e-4` as text: where all texts of a gradient are numbers, they count as numbers."""
     try:
@@ -67,49 +89,90 @@ def _numbers(values: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
         return values
 
 
-def resolve(param: Param, scopes: Sequence[tuple[Parameters, str]], t: float) -> Resolved | None:
-    """The value of `param` from the first scope (parameters, name to filter by) that gives one, else the default.
+def taker(item: Filtered) -> Callable[[str, int | None], bool]:
+    """Whether an entry takes a tensor of that name and layer, as a function: it is asked thousands of times."""
+    if item.layers is not None:
+        start, end = item.layers
+        named = taker(replace(item, layers=None))
+        return lambda tensor, layer: (
+            layer is not None and start <= layer and (end is None or layer < end) and named(tensor, layer)
+        )
+    text = item.filter
+    if text is None or text == "*":
+        return lambda tensor, layer: True
+    if text.startswith(PATTERN):
+        search = re.compile(text[len(PATTERN) :]).search
+        return lambda tensor, layer: search(tensor) is not None
+    return lambda tensor, layer: text in tensor
 
-    None: it is required and nobody gives it. Raises RecipeError KB106 for a value of the wrong type or range.
+
+def takes_all(item: Filtered) -> bool:
+    """Whether an entry has no filter at all."""
+    return item.layers is None and (item.filter is None or item.filter == "*")
+
+
+def unused(given: Given, tensors: Iterable[tuple[str, int | None]]) -> tuple[Filtered, ...]:
+    """The entries of `given` that none of these tensors (with their layers) takes: no match, or earlier ones match."""
+    if takes_all(given.values[0]):
+        return given.values[1:]
+    left = dict(enumerate(given.values))
+    takers = [taker(item) for item in given.values]
+    for tensor, layer in tensors:
+        left.pop(next((i for i, takes in enumerate(takers) if takes(tensor, layer)), -1), None)
+        if not left:
+            break
+    return tuple(left.values())
+
+
+def entries(value: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """The entries of a setting as the text gives it (scalar, gradient, filter, or a list of these), each with its way.
+
+    A way is the index in the list, or nothing.
     """
-    for parameters, tensor in scopes:
-        given = parameters.get(param.name)
-        value = value_for(given, tensor, t, param.kind) if given else None
-        if given and value is not None:
-            try:
-                return Resolved(param.parse(value), given.at)
-            except ValueError as error:
-                message = f"{param.name!r} comes out as {value!r} for {tensor}: it {error}"
-                raise RecipeError("KB106", message, at=str(given.at)) from error
-    return None if param.required else Resolved(param.default, None)
-
-
-def parse_setting(value: Any, at: At) -> Given:
-    """A setting as the text gives it: scalar, gradient, `{value, filter}`, or a list of these. Raises ValueError."""
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        return Given(tuple(_filtered(item) for item in value), at)
-    if isinstance(value, Mapping):
-        return Given((_filtered(value),), at)
-    return Given((Filtered(_scalars(value), None),), at)
+        return [((index,), item) for index, item in enumerate(value)]
+    return [((), value)]
 
 
-def scalars(given: Given) -> tuple[Scalar, ...]:
-    """Every scalar that stands in a setting."""
-    values = (item.value if isinstance(item.value, tuple) else (item.value,) for item in given.values)
-    return tuple(value for several in values for value in several)
-
-
-def _filtered(item: Any) -> Filtered:
+def parse_entry(item: Any, at: At) -> Filtered:
+    """One entry of a setting: a scalar, a gradient, or a value with `filter` or `layers`. Raises ValueError."""
     if not isinstance(item, Mapping):
-        return Filtered(_scalars(item), None)
-    if unknown := sorted(set(item) - {"value", "filter"}):
-        raise ValueError(f"a setting has the keys 'value' and 'filter', not {unknown[0]!r}")
+        return Filtered(_scalars(item), None, at=at)
+    if unknown := [key for key in item if key not in _KEYS]:
+        raise ValueError(f"a setting has the keys 'value', 'filter' and 'layers', not {unknown[0]!r}")
     if "value" not in item:
         raise ValueError("a filter needs a 'value' beside it")
-    pattern = item.get("filter")
-    if not isinstance(pattern, (str, NoneType)):
-        raise ValueError(f"a filter is a part of tensor names, not {pattern!r}: put it in quotes")
-    return Filtered(_scalars(item["value"]), pattern)
+    return Filtered(_scalars(item["value"]), _filter(item.get("filter")), _layers(item.get("layers")), at)
+
+
+def scalars(item: Filtered) -> tuple[Scalar, ...]:
+    """Every scalar that stands in an entry."""
+    return item.value if isinstance(item.value, tuple) else (item.value,)
+
+
+def _filter(text: Any) -> str | None:
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"a filter is a part of tensor names, not {text!r}: put it in quotes")
+    if text.startswith(PATTERN):
+        try:
+            re.compile(text[len(PATTERN) :])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{text[len(PATTERN) :]!r} is no pattern: {error}") from None
+    return text
+
+
+def _layers(text: Any) -> tuple[int, int | None] | None:
+    if text is None:
+        return None
+    found = _LAYERS.fullmatch(text) if isinstance(text, str) else None
+    if not found or text == "..":
+        raise ValueError(f"layers are a range such as 4..12 (the end is not taken), not {text!r}")
+    start, end = (int(side) if side else None for side in found.groups())
+    if end is not None and (start or 0) >= end:
+        raise ValueError(f"the layers {text} are none: the end is not taken")
+    return start or 0, end
 
 
 def _scalars(value: Any) -> Scalar | tuple[Scalar, ...]:

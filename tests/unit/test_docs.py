@@ -6,27 +6,32 @@ The table of methods is made from the code: KITTYBUILD_GOLDEN=write pytest tests
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import yaml
 
 from kittybuild import errors, tensors
+from kittybuild.builders.base import Builder, Builders
+from kittybuild.builders.plugins import load
 from kittybuild.builders.registry import BUILTIN
-from kittybuild.cli import main
-from kittybuild.model.method import Method, Param
+from kittybuild.cli import main, reference
 from kittybuild.planner.lower import DEFAULT_SHARD
 from kittybuild.recipe import schema
 from kittybuild.recipe.parse import parse_recipe, parse_size
+from kittybuild.testing import LAWS, run
 from tests.building import contents
 from tests.helpers import pico_llama, run_cli, write_recipe
 from tests.planning import llama, planned, step
@@ -89,7 +94,7 @@ def first_words(text: str) -> list[str]:
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value.partition("\n")[0])
 def test_a_recipe_parses_and_a_fragment_is_none(place: str, text: str) -> None:
     if not text.startswith(FRAGMENT):
-        assert parse_recipe(text, place, BUILTIN.methods()).stages
+        assert parse_recipe(text, place, BUILTIN.catalogue()).stages
         return
     assert not {"kittybuild", "merge_method"} & set(yaml.safe_load(text)), "this is a whole recipe and no fragment"
 
@@ -143,7 +148,7 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
     text = page("commands.md").partition("\n## JSON\n")[2].partition("\n## ")[0]
     examples = [(match[1], match[2]) for match in FENCE.finditer(text) if match[1] in ("console", "json")]
     pairs = [(a[1], b[1]) for a, b in pairwise(examples) if (a[0], b[0]) == ("console", "json")]
-    assert len(pairs) == 4
+    assert len(pairs) == 6
     for line, document in pairs:
         _, found = run_cli(*shlex.split(line)[2:-1])
         assert shape(found) == shape(json.loads(document)), line
@@ -152,7 +157,7 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 # ---- commands.md
 
 
-COMMANDS = ("build", "plan", "store info")
+COMMANDS = ("build", "plan", "methods", "store info")
 
 
 def option_words(option: click.Option) -> list[str]:
@@ -238,7 +243,7 @@ KEYS: Mapping[str, type] = {
     "Sources": schema.SourceText,
     "Outputs": schema.OutputText,
 }
-STAGE_KEYS = {"kind", "dtype", "out_dtype", "keep"}
+STAGE_KEYS = {"kind", "dtype", "out_dtype", "keep", "allow_nan"}
 
 
 @pytest.mark.parametrize("title", KEYS)
@@ -280,46 +285,62 @@ def test_the_worked_values_are_those_of_the_planner(tmp_path: Path) -> None:
         assert numbers == [f"{value:g}" for value in (*params["weight"], *params["density"])], tensor
 
 
-KIND_NAMES: Mapping[type, str] = {float: "number", int: "whole number", bool: "true or false", str: "word"}
-
-
-def method_text(method: Method) -> Iterator[str]:
-    """What recipe.md says of one method."""
-    paper = f" ([source]({method.paper}))" if method.paper else ""
-    base = {
-        "required": "the base model is required",
-        "optional": "works on differences from the base model, if there is one",
-        "ordinary": "a base model is one of them",
-    }
-    yield f"### {method.name}\n"
-    yield f"{method.title}{paper}. Takes {method.counts_text()}; {base[method.base]}.\n"
-    yield "| parameter | given | kind | default | |"
-    yield "|---|---|---|---|---|"
-    yield from (param_row(param) for param in method.params)
-    yield ""
-
-
-def param_row(param: Param) -> str:
-    """One parameter's row."""
-    given = {"input": "for each model", "shared": "for all models"}[param.scope]
-    kind = KIND_NAMES[param.kind]
-    if param.low is not None or param.high is not None:
-        kind += f", {param.range_text()}"
-    default = f"`{json.dumps(param.default)}`" if param.default is not None else "none"
-    default = "required" if param.required else "ignored, with a note" if param.accepted else default
-    return f"| `{param.name}` | {given} | {kind} | {default} | {param.doc} |"
+# ---- methods.md, plugins.md
 
 
 def test_the_methods_are_those_of_the_code() -> None:
-    wanted = "\n".join(line for method in BUILTIN.methods() for line in method_text(method))
-    text = page("recipe.md")
+    wanted = "\n".join(reference.page(name, BUILTIN) for name in reference.names(BUILTIN))
+    text = page("methods.md")
     if os.environ.get("KITTYBUILD_GOLDEN") == "write":
         before, _, after = text.partition("<!-- methods -->\n")
-        (ROOT / "docs/recipe.md").write_text(
+        (ROOT / "docs/methods.md").write_text(
             f"{before}<!-- methods -->\n{wanted}<!-- end -->{after.partition('<!-- end -->')[2]}", encoding="utf-8"
         )
         return
     assert between(text, "methods") == wanted
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Builders:
+    """The example of plugins.md, loaded as a file."""
+    source, _ = (text for _, text in blocks("python", ROOT / "docs/plugins.md"))
+    (tmp_path / "loudest.py").write_text(source, encoding="utf-8")
+    return load([str(tmp_path / "loudest.py")])
+
+
+def test_the_plug_in_keeps_the_laws_as_its_test_says(
+    plugin: Builders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, test = (text for _, text in blocks("python", ROOT / "docs/plugins.md"))
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(test, "plugins.md", "exec"), names)
+    (check,) = (value for name, value in names.items() if name.startswith("test_"))
+    check()
+    sys.modules.pop("loudest")
+
+
+def test_the_plug_in_does_what_it_says(plugin: Builders, tmp_path: Path) -> None:
+    models = {name: llama() for name in ("base", "a", "b")}
+    text = "merge_method: loudest\nbase_model: base\nparameters: {strength: [0, 1]}\nmodels: [{model: a}, {model: b}]"
+    made = step(planned(tmp_path, models, text, builders=plugin), "model.layers.1.mlp.up_proj.weight")
+    assert (made.builder, made.params) == ("loudest", {"strength": 1.0})
+    numbers = [[0.0] * 4, [1.0, -2.0, 0.5, 3.0], [-4.0, 1.0, 0.5, -3.0]]
+    base, one, other = np.array(numbers, np.float32)
+    found = run(plugin["loudest"], [base, one, other], {"strength": 0.5})
+    assert found.tolist() == [-2.0, -1.0, 0.25, 1.5]
+
+
+def test_the_laws_are_those_of_the_code() -> None:
+    told = {words(name)[0]: says for name, says in rows(between(page("plugins.md"), "laws"))}
+    assert told == {name: str(law.__doc__).replace("\n    ", " ") for name, law in LAWS.items()}
+
+
+def test_the_fields_of_a_builder_are_told() -> None:
+    fields = {field.name for field in dataclasses.fields(Builder)}
+    told = set(first_words(section(page("plugins.md"), "What the Builder says")))
+    assert fields - told == {"prepare", "streamed", "whole", "numerics"}, "what a plug-in does not say"
+    assert told <= fields
 
 
 # ---- the other pages
@@ -344,8 +365,6 @@ def test_an_output_holds_what_is_told(soup: Path) -> None:
 
 def test_what_is_not_built_yet_is_not_there() -> None:
     table = [row[0] for row in rows(section(page("index.md"), "Not built yet"))]
-    methods = next(words(what) for what in table if what.startswith("other merge methods"))
-    assert not {method.name for method in BUILTIN.methods()} & set(methods)
     absent = [name for what in table if what.startswith(("the commands", "`store gc`")) for name in words(what)]
     assert len(absent) > 5
     for name in absent:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ import pytest
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.errors import KittybuildError, Problems
 from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.machine import Machine
 from kittybuild.planner.views import locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from tests.helpers import pico_adapter, pico_llama, write_json
-from tests.planning import llama, write_header
+from tests.planning import header_bytes, llama, write_header
+from tests.torchfiles import machine, named, number, one, rebuilt, text, zip_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
+HERE = Machine("2.13.0", "2.4.6", "AVX2")
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.yml"))
 
 
@@ -36,6 +40,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_header(folder / "wide", llama(vocab=80))
     write_header(folder / "tied", llama(tie=True))
     write_header(folder / "short", llama(layers=1))
+    late = {name: spec for name, spec in llama(layers=3).items() if ".layers.0." not in name}
+    write_header(folder / "late", late)
     write_header(folder / "other", {f"h.{name}": spec for name, spec in llama().items()})
     pico_adapter(folder / "joy", folder / "base", 2)
     pico_adapter(folder / "turned", folder / "base", 3, fan_in_fan_out=True)
@@ -44,6 +50,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder / "rank" / "adapter_config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"r": 4', '"r": 8'), encoding="utf-8")
     _unsound(folder)
+    _pickles(folder)
     return folder
 
 
@@ -59,11 +66,28 @@ def _unsound(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"F31"'))
 
 
+def _pickles(folder: Path) -> None:
+    """Files of torch.save that lie or attack, and quantized weights whose scales are not theirs."""
+    zip_of(folder / "evil.bin", one(named("posix.system") + b"(" + text("touch owned") + b"tR"))
+    zip_of(folder / "outside.pt", one(rebuilt(at=number(3))))
+    zip_of(folder / "expanded.pt", one(rebuilt(size=number(1 << 40) + b"\x85", stride=number(0) + b"\x85")))
+    zip_of(folder / "script.pt", one(rebuilt()), **{"constants.pkl": machine(b")")})
+    zip_of(folder / "big.pth", one(rebuilt()), byteorder=b"big")
+    inner = b"}" + text("b") + rebuilt() + b"s"
+    zip_of(folder / "twice.pt", machine(b"}(", text("a.b"), rebuilt(), text("a"), inner, b"u"))
+    with zipfile.ZipFile(folder / "packed.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", one(rebuilt()))
+    (folder / "cut.bin").write_bytes(one(rebuilt())[:40])
+    (folder / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    weight = {"x.weight": ("F8_E4M3", (300, 4)), "x.weight_scale": ("F32", (2, 1))}
+    (folder / "scales.safetensors").write_bytes(header_bytes(weight))
+
+
 def errors(file: Path) -> str:
     """What reading and planning a recipe says."""
     try:
-        recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file), BUILTIN.methods())
-        lower(recipe, targets(recipe, ()), open_all(locate(recipe, source_names(recipe))), BUILTIN)
+        recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file), BUILTIN.catalogue())
+        lower(recipe, targets(recipe, ()), open_all(locate(recipe, source_names(recipe))), BUILTIN, HERE)
     except Problems as problems:
         found: tuple[KittybuildError, ...] = problems.errors
     except KittybuildError as error:

@@ -63,13 +63,13 @@ class TestModels:
         """
         made = step(planned(tmp_path, ABBASE, text), Q0)
         assert sources(made) == ["base", "b", "a"]
-        shared = {"normalize": True, "lambda": 1.0, "rescale": False}
+        shared = {"normalize": True, "lambda": 1.0, "rescale": "none"}
         assert made.params == {"weight": [0.2, 0.1], "density": [0.5, 1.0], **shared}
 
     def test_the_base_is_where_slerp_begins(self, tmp_path: Path) -> None:
         text = "merge_method: slerp\nbase_model: b\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.25}"
         made = step(planned(tmp_path, AB, text), Q0)
-        assert (sources(made), made.params) == (["b", "a"], {"t": 0.25})
+        assert (sources(made), made.params) == (["b", "a"], {"t": 0.25, "weight": [None], "base": True})
 
     def test_without_models_of_its_own_the_base_comes_out(self, tmp_path: Path) -> None:
         text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: base}]"
@@ -178,9 +178,9 @@ class TestParameters:
         """
         notes = [note.removeprefix(f"{tmp_path}/") for note in planned(tmp_path, AB, text).notes]
         assert notes == [
-            "recipe.yml:5:14: the filter 'mpl' of 'normalize' takes no tensor",
-            "recipe.yml:3:29: the filter 'self_atn' of 'weight' takes no tensor",
-            "recipe.yml:4:29: the filter 'q_proj' of 'weight' takes no tensor",
+            "recipe.yml:5:26: the filter 'mpl' of 'normalize' takes no tensor",
+            "recipe.yml:3:38: the filter 'self_atn' of 'weight' takes no tensor",
+            "recipe.yml:4:64: the filter 'q_proj' of 'weight' takes no tensor",
         ]
 
     def test_a_missing_weight_is_told_once_for_each_model(self, tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ class TestParameters:
         ]
 
     def test_a_missing_shared_parameter_is_told_once(self, tmp_path: Path) -> None:
-        text = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]"
+        text = "merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]"
         (error,) = errors_of(planned, tmp_path, AB, text)
-        assert (error.code, error.message) == ("KB115", "slerp needs the parameter 't'")
+        assert (error.code, error.message) == ("KB115", "nearswap needs the parameter 't'")
 
 
 class TestSlices:
@@ -370,7 +370,7 @@ class TestFit:
         ("text", "words"),
         [
             (
-                "merge_method: slerp\nbase_model: a\nmodels: [{model: a}]",
+                "merge_method: nearswap\nbase_model: a\nmodels: [{model: a}]",
                 "exactly one model beside its base model, here are 0",
             ),
             ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]", "exactly one model, here are 2"),

@@ -252,7 +252,7 @@ class TestSources:
         recipe = parse_recipe(
             "merge_method: linear\nmodels: [{model: near}, {model: far}]",
             str(tmp_path / "home/r.yml"),
-            BUILTIN.methods(),
+            BUILTIN.catalogue(),
         )
         assert locate(recipe, source_names(recipe)) == {
             "near": str(tmp_path / "home/near"),

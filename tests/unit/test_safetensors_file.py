@@ -173,6 +173,11 @@ def test_an_unknown_dtype_is_named_beside_those_we_know(tmp_path: Path) -> None:
     assert "BF16" in str(error.hint)
 
 
+def test_a_pointer_of_git_lfs_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    assert refused(tmp_path / "x.safetensors").hint == "run `git lfs pull`"
+
+
 def test_names_in_messages_cannot_move_the_cursor(tmp_path: Path) -> None:
     error = refused(file(tmp_path, {"\x1b[2Jx\n": {**F32, "data_offsets": [1, 9]}}, bytes(9)))
     assert "\x1b" not in error.message

@@ -8,7 +8,7 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.errors import RecipeError
 from kittybuild.model.method import Param
 from kittybuild.model.recipe import NOWHERE, Filtered, Given
-from kittybuild.recipe.settings import Resolved, interpolate, matches, parse_setting, resolve, unused, value_for
+from kittybuild.recipe.settings import Lookup, Resolved, entries, interpolate, parse_entry, taker, unused
 
 NUMBER = Param("weight", float, "input", "", required=True)
 Q_PROJ = "model.layers.3.self_attn.q_proj.weight"
@@ -16,12 +16,16 @@ MLP = "model.layers.3.mlp.up_proj.weight"
 
 
 def given(value: object) -> Given:
-    return parse_setting(value, NOWHERE)
+    return Given(tuple(parse_entry(item, NOWHERE) for _, item in entries(value)))
 
 
 def value(setting: object, tensor: str = Q_PROJ, t: float = 0.0, param: Param = NUMBER) -> object:
-    found = resolve(param, [({param.name: given(setting)}, tensor)], t)
+    found = Lookup(param, [given(setting)]).resolve(tensor, 3, t)
     return found and found.value
+
+
+def takes(filter_text: str | None, tensor: str) -> bool:
+    return taker(Filtered(1.0, filter_text))(tensor, None)
 
 
 class TestGradients:
@@ -54,25 +58,47 @@ class TestGradients:
         assert [value(["1", "0"], t=t, param=switch) for t in (0.0, 0.5, 1.0)] == [True, True, False]
 
     def test_an_empty_gradient_gives_nothing(self) -> None:
-        assert value_for(given([]), Q_PROJ, 0.5) is None
+        assert value([], t=0.5) is None
 
-    def test_a_whole_number_between_two_of_them_is_an_error_with_the_tensor(self) -> None:
+    def test_of_whole_numbers_the_nearest_counts(self) -> None:
         count = Param("k", int, "input", "", required=True)
-        assert value([1, 3], t=0.5, param=count) == 2
-        with pytest.raises(RecipeError, match=r"'k' comes out as 1.5 for .*q_proj.*: it must be a whole number"):
-            value([1, 2], t=0.5, param=count)
+        assert [value([1, 4], t=t, param=count) for t in (0.0, 0.1, 0.4, 0.9, 1.0)] == [1, 1, 2, 4, 4]
+        assert type(value([1, 4], t=0.4, param=count)) is int
+
+    def test_a_value_out_of_range_is_an_error_with_the_tensor(self) -> None:
+        share = Param("k", float, "input", "", low=0.5)
+        with pytest.raises(RecipeError, match=r"'k' comes out as 0.25 for .*q_proj.*: it must be at least 0.5"):
+            value([0, 1], t=0.25, param=share)
 
 
 class TestFilters:
     def test_a_filter_is_a_plain_part_of_the_name(self) -> None:
-        assert matches("self_attn", Q_PROJ)
-        assert not matches("Self_attn", Q_PROJ)
-        assert not matches("layers.*.self", Q_PROJ)
-        assert matches("layers.1", "model.layers.12.mlp.up_proj.weight")
+        assert takes("self_attn", Q_PROJ)
+        assert not takes("Self_attn", Q_PROJ)
+        assert not takes("layers.*.self", Q_PROJ)
+        assert takes("layers.1", "model.layers.12.mlp.up_proj.weight")
 
     @pytest.mark.parametrize("everything", [None, "*"])
     def test_no_filter_and_a_star_take_all(self, everything: str | None) -> None:
-        assert matches(everything, Q_PROJ)
+        assert takes(everything, Q_PROJ)
+
+    def test_behind_re_it_is_a_pattern_that_is_searched_in_the_name(self) -> None:
+        assert takes(r"re:layers\.[0-3]\.", Q_PROJ)
+        assert takes("re:^model.*weight$", Q_PROJ)
+        assert not takes(r"re:layers\.\d\d", Q_PROJ)
+        assert not takes("re:^layers", Q_PROJ)
+
+    @pytest.mark.parametrize(
+        ("layers", "wanted"), [("1..3", [1, 2]), ("2..", [2, 3, 4]), ("..2", [0, 1]), ("0..9", [0, 1, 2, 3, 4])]
+    )
+    def test_layers_are_a_range_without_its_end(self, layers: str, wanted: list[int]) -> None:
+        entry = parse_entry({"value": 1, "layers": layers}, NOWHERE)
+        assert [layer for layer in range(5) if taker(entry)(Q_PROJ, layer)] == wanted
+        assert not taker(entry)("lm_head.weight", None)
+
+    def test_layers_and_a_filter_must_both_match(self) -> None:
+        both = taker(parse_entry({"value": 1, "layers": "2..4", "filter": "attn"}, NOWHERE))
+        assert [both(name, layer) for name, layer in ((Q_PROJ, 3), (Q_PROJ, 4), (MLP, 3))] == [True, False, False]
 
     def test_the_first_that_matches_wins_even_if_a_later_one_is_closer(self) -> None:
         setting = [{"filter": "layers.3", "value": 1}, {"filter": "layers.3.self_attn.q_proj", "value": 2}]
@@ -93,15 +119,17 @@ class TestFilters:
         assert value({"value": 0.5}, MLP) == 0.5
 
     def test_what_no_filter_takes_falls_through(self) -> None:
-        assert value_for(given([{"filter": "mlp", "value": 1}]), Q_PROJ, 0) is None
+        assert value([{"filter": "mlp", "value": 1}]) is None
 
     def test_values_that_no_tensor_takes_are_found(self) -> None:
         setting = given(
             [{"filter": "attn", "value": 1}, {"filter": "q_proj", "value": 2}, {"filter": "mpl", "value": 3}]
         )
-        assert [item.filter for item in unused(setting, [Q_PROJ, MLP])] == ["q_proj", "mpl"]
-        assert unused(given(0.5), [Q_PROJ]) == ()
-        assert unused(given([{"value": 1}, {"value": 2}]), [Q_PROJ]) == (Filtered(2, None),)
+        assert [item.filter for item in unused(setting, [(Q_PROJ, 3), (MLP, 3)])] == ["q_proj", "mpl"]
+        assert unused(given(0.5), [(Q_PROJ, 3)]) == ()
+        assert unused(given([{"value": 1}, {"value": 2}]), [(Q_PROJ, 3)]) == (Filtered(2, None),)
+        beyond = given([{"value": 1, "layers": "9..", "filter": "mlp"}, {"value": 2, "layers": "3.."}])
+        assert [str(item) for item in unused(beyond, [(Q_PROJ, 3)])] == ["the filter 'mlp' of layers 9.."]
 
 
 class TestLevels:
@@ -109,8 +137,8 @@ class TestLevels:
 
     @staticmethod
     def at(*levels: object, param: Param = NUMBER) -> Resolved | None:
-        scopes = [({} if level is None else {param.name: given(level)}, Q_PROJ) for level in levels]
-        return resolve(param, scopes, 0.0)
+        settings = [None if level is None else given(level) for level in levels]
+        return Lookup(param, settings).resolve(Q_PROJ, 3, 0.0)
 
     def test_the_nearest_level_wins(self) -> None:
         assert self.at(1, 2, 3) == Resolved(1, NOWHERE)
@@ -130,11 +158,16 @@ class TestLevels:
     def test_a_required_one_that_nobody_gives_is_none_at_all(self) -> None:
         assert self.at(None, None) is None
 
-    def test_each_level_is_matched_by_its_own_name(self) -> None:
-        own = {"weight": given([{"filter": "layers.7", "value": 1}])}
-        shared = {"weight": given([{"filter": "layers.3", "value": 2}])}
-        found = resolve(NUMBER, [(own, "model.layers.7.mlp.up_proj.weight"), (shared, MLP)], 0.0)
-        assert found == Resolved(1, NOWHERE)
+    def test_only_filters_and_gradients_vary_from_tensor_to_tensor(self) -> None:
+        def varies(*levels: object) -> bool:
+            return Lookup(NUMBER, [None if level is None else given(level) for level in levels]).varies
+
+        assert not varies(1, [{"filter": "mlp", "value": 2}])
+        assert not varies(None, [{"value": 2, "filter": "*"}])
+        assert not varies(None, None)
+        assert varies([{"filter": "mlp", "value": 1}], 2)
+        assert varies([{"layers": "1..2", "value": 1}], 2)
+        assert varies([0, 1])
 
 
 class TestTypes:
@@ -189,6 +222,12 @@ class TestTypes:
         ({"filter": "mlp"}, "needs a 'value'"),
         ({"value": 1, "filtr": "mlp"}, "not 'filtr'"),
         ([{"value": 1, "filter": 3}], "not 3: put it in quotes"),
+        ([{"value": 1, "filter": "re:(mlp"}], r"'\(mlp' is no pattern: missing \), unterminated"),
+        ({"value": 1, "layers": 3}, "such as 4..12 .*, not 3"),
+        ({"value": 1, "layers": ".."}, "such as 4..12"),
+        ({"value": 1, "layers": "4-12"}, "such as 4..12"),
+        ({"value": 1, "layers": "4..4"}, "the layers 4..4 are none"),
+        ({"value": 1, "layers": "..0"}, "the layers ..0 are none"),
         ([[1, 2]], r"not \[1, 2\]"),
         ({"value": {"value": 1}}, "a number, a word"),
         ([None], "not None"),

@@ -11,7 +11,7 @@ from kittybuild.digest import Digest
 from kittybuild.planner.lower import targets
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.views import source_names
-from tests.planning import parse
+from tests.planning import parse, prints_of
 
 RECIPE = """\
 kittybuild: 1
@@ -36,11 +36,9 @@ outputs:
 
 
 def keys(text: str, *asked: str, changed: str | None = None) -> dict[str, Digest]:
-    """The keys of a recipe, where every source is what its path says; but for `changed`, which is something else."""
+    """The keys of a recipe over sources as `prints_of` has them."""
     recipe = parse(text)
-    decls = source_names(recipe)
-    prints = {name: Digest.of(f"{decl.path} {name == changed}".encode()) for name, decl in decls.items()}
-    return stage_keys(recipe, targets(recipe, asked), prints, BUILTIN)
+    return stage_keys(recipe, targets(recipe, asked), prints_of(recipe, changed), BUILTIN)
 
 
 BEFORE = keys(RECIPE)
@@ -81,6 +79,9 @@ def test_what_cannot_change_the_tensors_changes_no_key(old: str, new: str) -> No
         ("merge_method: ties", "merge_method: ties\n    out_dtype: float32"),
         ("merge_method: ties", "merge_method: ties\n    parameters: {normalize: false}"),
         ("merge_method: ties", "merge_method: ties\n    keep: false"),
+        ("merge_method: ties", "merge_method: ties\n    allow_nan: true"),
+        ("defaults: {seed: 7}", "defaults: {seed: 7}\nallow_nan: true"),
+        ("filter: mlp, value", "filter: mlp, layers: 1..2, value"),
         ("base_model: base", "base_model: other"),
         ("seed: 7", "seed: 8"),
         ("shard_size: 1GB", "shard_size: 2GB"),

@@ -1,0 +1,102 @@
+"""From the text of one stage to Stage: what kinds share (dtypes, keep, numerics), and apply_lora."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from kittybuild.errors import RecipeError, nearest
+from kittybuild.model.derivation import KITTY_1
+from kittybuild.model.method import Catalogue
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, Stage
+from kittybuild.recipe.merge import Problems, Scope, merge_stage
+from kittybuild.recipe.reference import parse_reference
+from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, check
+from kittybuild.recipe.yamltext import Document, Path
+from kittybuild.tensors import DType
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One document, the methods of all classes, and what stages take that do not say otherwise; problems and notes."""
+
+    document: Document
+    catalogue: Catalogue
+    numerics: str
+    problems: Problems
+    defaults: Mapping[str, str | None] = field(default_factory=lambda: MappingProxyType({}))
+    allow_nan: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | None = None) -> Stage | None:
+    """A stage of ours, or (at the path of a whole document) a mergekit configuration. None: its problems are noted."""
+    document, problems, defaults = reading.document, reading.problems, reading.defaults
+    own, path = path is None, ("stages", name) if path is None else path
+    kind = value.get("kind", "merge")
+    schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        where, hint = str(document.at((*path, "kind"))), nearest(str(kind), STAGE_KINDS)
+        problems.append(RecipeError("KB103", f"unknown kind of stage {kind!r}", at=where, hint=hint))
+        return None
+    form, left_out = check(schema, value, document, problems, path)
+    if form is None:
+        return None
+    given = {"dtype": form.dtype or defaults.get("dtype"), "out_dtype": form.out_dtype or defaults.get("out_dtype")}
+    shared: dict[str, Any] = {
+        **read_dtypes(given, document, path, problems),
+        "keep": form.keep,
+        "allow_nan": reading.allow_nan if form.allow_nan is None else form.allow_nan,
+        "at": document.key_at(path) if path else document.at(path),
+    }
+    if isinstance(form, ApplyLoraText):
+        return _apply_lora(name, form, reading, path, shared)
+    numerics = read_numerics(form.numerics, reading, (*path, "numerics"))
+    scope = Scope(document, path, reading.catalogue, numerics, problems, reading.notes, own, left_out)
+    stage = merge_stage(form, scope)
+    return replace(stage, name=name, **shared) if stage else None
+
+
+def _apply_lora(
+    name: str, form: ApplyLoraText, reading: Reading, path: Path, shared: Mapping[str, Any]
+) -> ApplyLoraStage | None:
+    document, problems = reading.document, reading.problems
+    base = parse_reference(form.base, document.at((*path, "base")), problems)
+    adapters: list[AdapterUse] = []
+    for index, item in enumerate(form.adapters):
+        here = document.at((*path, "adapters", index))
+        adapter = parse_reference(item.adapter, here, problems)
+        if adapter and adapter.adapter:
+            hint = f"list them one by one: {adapter.base_text} and {adapter.adapter_text}"
+            problems.append(RecipeError("KB111", f"an adapter has no adapter: {adapter}", at=str(here), hint=hint))
+        elif adapter:
+            adapters.append(AdapterUse(adapter, item.weight, here))
+    return ApplyLoraStage(name, base, tuple(adapters), **shared) if base else None
+
+
+def read_numerics(word: str | None, reading: Reading, path: Path) -> str:
+    """The class of arithmetic that `word` names, else the one for stages that name none; problems are noted."""
+    if word is None:
+        return reading.numerics
+    if word in reading.catalogue:
+        return word
+    at, hint = str(reading.document.at(path)), nearest(word, reading.catalogue)
+    reading.problems.append(RecipeError("KB103", f"numerics cannot be {word!r}", at=at, hint=hint))
+    return KITTY_1
+
+
+def read_dtypes(
+    given: Mapping[str, str | None], document: Document, path: Path, problems: Problems
+) -> dict[str, DType | None]:
+    """The dtypes of these names (`dtype`, `out_dtype`); problems are noted."""
+    found: dict[str, DType | None] = {}
+    for key, word in given.items():
+        found[key] = DType.named(word) if word else None
+        if word and (found[key] is None or not found[key].is_float):  # type: ignore[union-attr]
+            hint = nearest(word, [dtype.torch_name for dtype in DType if dtype.is_float])
+            problems.append(
+                RecipeError("KB103", f"{key} cannot be {word!r}", at=str(document.at((*path, key))), hint=hint)
+            )
+    return found
