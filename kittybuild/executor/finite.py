@@ -38,4 +38,5 @@ def not_finite(stage: str, counts: Mapping[str, int]) -> BuildError:
     more = f"\n  and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     what = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
     hint = "see whether the inputs hold them or the parameters make them; `allow_nan: true` lets them pass"
-    return BuildError("KB508", f"{what} would hold elements that are NaN or infinite:{shown}{more}", at=stage, hint=hint)
+    message = f"{what} would hold elements that are NaN or infinite:{shown}{more}"
+    return BuildError("KB508", message, at=stage, hint=hint)

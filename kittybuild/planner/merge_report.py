@@ -91,7 +91,7 @@ class MergeReport:
             for index, use in enumerate(part.sources):
                 model = str(use.model)
                 if index not in self._read.get(id(part), ()):
-                    hint = "take it out, or look at its layer_range and at how its layers are numbered"
+                    hint = "take it out, or look at the shapes of its tensors"
                     self.findings.fail("KB312", f"{model} takes no part: no tensor is made of it", use.at, hint)
                 elif index in resting:
                     idle.setdefault(model, f"{use.at}: the {resting[index]} of {model} is 0 for every tensor")

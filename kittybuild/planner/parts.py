@@ -230,4 +230,9 @@ def _range_fits(use: ModelUse, view: View, findings: Findings) -> bool:
         hint = "layers count from 0, and the end is not taken"
         findings.fail("KB303", f"{use.model} has the layers [0, {count}), not {list(use.layers)}", use.at, hint)
         return False
+    there = {layer.index for name in view.tensors if (layer := layer_of(name))}
+    if gaps := [index for index in range(*(use.layers or (0, 0))) if index not in there]:
+        hint = "its tensors tell which layers it has"
+        findings.fail("KB303", f"{use.model} has no tensor of layer {gaps[0]}", use.at, hint)
+        return False
     return True

@@ -189,7 +189,8 @@ def _parameters(
 
 def _unknown(name: str, scope: Scope, methods: Sequence[Method], at: At) -> None:
     """None of the methods has such a parameter."""
-    message = f"{' and '.join(method.name for method in methods)} has no parameter {name!r}"
+    names = " and ".join(method.name for method in methods)
+    message = f"{names} {'has' if len(methods) == 1 else 'have'} no parameter {name!r}"
     hint = nearest(name, [param.name for method in methods for param in method.params])
     if any(other.param(name) for known in scope.catalogue.values() for other in known):
         scope.without_effect(message, at, hint)

@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--peer", action="append", default=[], metavar="NUMERICS=DIR", help="a peer's environment")
     parser.add_argument("--only", default="", help="only the cases with this in their name")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="hash seeds to try")
-    parser.add_argument("--real", action="store_true", help="with the models of rxnfp as well")
+    parser.add_argument("--models", choices=("pico", "real"), action="append", help="only these; real ones are rxnfp's")
     parser.add_argument("--write", help="write the table to this file, too")
     parser.add_argument("--golden", help="write the peers' digests into this folder")
     arguments = parser.parse_args()
@@ -105,16 +105,13 @@ def versions_of(environment: str) -> dict[str, str]:
 
 def compare(numerics: str, environment: str, folder: Path, arguments: argparse.Namespace) -> list[Outcome]:
     """Merge with both, until the peer's order is the text's or there are no more hash seeds to try."""
-    write_pico(folder / "pico")
-    groups = {"pico": cases(numerics)}
-    if arguments.real:
-        write_real(folder / "real")
-        groups["real"] = real_cases(numerics)
+    groups = {"pico": (write_pico, cases(numerics)), "real": (write_real, real_cases(numerics))}
     outcomes = []
-    for models, found in groups.items():
+    for models, (write, found) in groups.items():
         chosen = [Outcome(case, models) for case in found if arguments.only in case.key]
-        if not chosen:
+        if not chosen or models not in (arguments.models or groups):
             continue
+        write(folder / models)
         build(numerics, [outcome.case for outcome in chosen], folder / models)
         pending = chosen
         for seed in range(arguments.seeds):

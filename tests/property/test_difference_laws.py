@@ -52,7 +52,7 @@ def kept(method: str, delta: Array, index: int, p: Params, shape: tuple[int, ...
     else:
         if method in DELLA:
             probability = della_probabilities(delta, density, p["epsilon"][index], shape[-1] if shape else 1)
-        integers = Draws(p["seed"], p["tensor"], index).integers(0, size).numpy()
+        integers = Draws(p["seed"], p["tensor"], index).integers(0, size)
         keep = (integers.astype(np.int64) + 2**31) / 2.0**32 < probability
     return keep, probability
 
@@ -268,7 +268,7 @@ def test_the_block_size_changes_nothing(method: str, form: str, dtype: torch.dty
 def test_what_is_remembered_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, params, draws = siblings(2, *LONG), plain(method, rescale="l1"), []
 
-    def counted(self: Draws, start: int, count: int) -> Tensor:
+    def counted(self: Draws, start: int, count: int) -> Array:
         draws.append(count)
         return integers(self, start, count)
 

@@ -42,6 +42,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_header(folder / "short", llama(layers=1))
     late = {name: spec for name, spec in llama(layers=3).items() if ".layers.0." not in name}
     write_header(folder / "late", late)
+    for name, size in (("small", 2), ("large", 3)):
+        write_header(folder / name, {"x": ("F32", (size,))})
     write_header(folder / "other", {f"h.{name}": spec for name, spec in llama().items()})
     pico_adapter(folder / "joy", folder / "base", 2)
     pico_adapter(folder / "turned", folder / "base", 3, fan_in_fan_out=True)

@@ -285,6 +285,12 @@ class TestSlices:
         text = f"merge_method: passthrough\nslices: [{{sources: [{{model: a, layer_range: {ranges}}}]}}]"
         assert found(planned, tmp_path, AB, text) == [(code, f"{tmp_path}/recipe.yml:2:21")]
 
+    def test_a_layer_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        late: Header = {"model.layers.1.w": ("F32", (2,)), "model.layers.2.w": ("F32", (2,))}
+        text = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]"
+        (error,) = errors_of(planned, tmp_path, {"a": late}, text)
+        assert (error.code, error.message) == ("KB303", "a has no tensor of layer 0")
+
     def test_a_model_of_several_stacks_is_not_sliced(self, tmp_path: Path) -> None:
         header: Header = {f"{stack}.{layer}.w": ("F32", (2,)) for stack in ("enc", "dec") for layer in range(2)}
         text = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]"

@@ -14,7 +14,7 @@ from kittybuild.model.derivation import SourceTensor
 from kittybuild.model.method import Method, Param
 from kittybuild.model.plan import Plan
 from kittybuild.planner.merge_params import doubtful
-from tests.planning import Header, errors_of, found, llama, planned, step
+from tests.planning import errors_of, found, llama, planned, step
 
 FIVE = {name: llama(layers=5) for name in ("a", "b", "base")}
 HEAD = "lm_head.weight"
@@ -191,20 +191,6 @@ class TestWeights:
         assert words is None or (note or ("", ""))[1].endswith(words)
         assert told(normalize_weights=True) == note
         assert told(normalize=False) is None
-
-
-class TestParts:
-    def test_a_model_that_no_tensor_reads_is_an_error(self, tmp_path: Path) -> None:
-        late: Header = {"model.layers.1.w": ("F32", (2,)), "model.layers.2.w": ("F32", (2,))}
-        text = """\
-        merge_method: passthrough
-        slices:
-          - sources: [{model: a, layer_range: [1, 3]}]
-          - sources: [{model: b, layer_range: [0, 1]}]
-        """
-        (error,) = errors_of(planned, tmp_path, {"a": late, "b": late}, text)
-        assert (error.code, str(error.at)) == ("KB312", f"{tmp_path}/recipe.yml:4:15")
-        assert error.message == "b takes no part: no tensor is made of it"
 
 
 def complaining() -> Builders:

@@ -117,7 +117,10 @@ class TestRefusals:
             ({"FIRST = Builder": "FIRST = ("}, "cannot be loaded: SyntaxError"),
             ({"import Method": "import Methods"}, "cannot be loaded: ImportError: cannot import name 'Methods'"),
             ({"def _prepare(job):": "1 / 0\n\n\ndef _prepare(job):"}, "cannot be loaded: ZeroDivisionError"),
-            ({"FIRST = Builder(": "FIRST = str(Builder(", '"ordinary"))': '"ordinary")))'}, "the file defines no Builder"),
+            (
+                {"FIRST = Builder(": "FIRST = str(Builder(", '"ordinary"))': '"ordinary")))'},
+                "the file defines no Builder",
+            ),
             ({'Method("first"': 'Method("last"'}, "'first' has no Method of its own name"),
             ({', method=Method("first", "First", "", (), "ordinary")': ""}, "'first' has no Method of its own name"),
             ({"scratch=0": "numerics='mine-1'"}, "'first' is of the class 'mine-1'"),
