@@ -198,7 +198,7 @@ def build(
     `memory`: bytes for all workers; `processes`: each of the `jobs` is a process of its own, else a thread.
     """
     started = time.monotonic()
-    limits = memory, jobs, processes and builders is BUILTIN
+    limits = memory, jobs, processes and builders.files is not None  # else no other process could load them
     ready = _shortcut(prepared, store)
     if ready:
         manifests, lock = ready

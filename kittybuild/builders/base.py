@@ -8,7 +8,7 @@ for a builder of rows, it is some whole rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,7 +107,7 @@ class Builders:
     """
 
     by_class: Mapping[tuple[str, str], Builder]
-    files: tuple[str, ...] | None = ()
+    files: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, *builders: Builder) -> Builders:
@@ -119,7 +119,7 @@ class Builders:
 
     def plus(self, *builders: Builder) -> Builders:
         """This registry with more builders."""
-        return replace(Builders.of(*self.by_class.values(), *builders), files=None)
+        return Builders.of(*self.by_class.values(), *builders)
 
     def __getitem__(self, name: str) -> Builder:
         return self.by_class[KITTY_1, name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kittybuild.builders.base import Builders
 from kittybuild.builders.copying import CAST, SAME
 from kittybuild.builders.lora import LORA
@@ -23,4 +25,6 @@ SPHERICAL = (SLERP, NUSLERP, MULTISLERP, KARCHER)
 DIFFERENCES = (*FAMILY, CONSENSUS_TA, CONSENSUS_TIES, MODEL_STOCK, SCE, RAM, RAMPLUS_TL)
 PAIRED = (NEARSWAP, ARCEE_FUSION)
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
-BUILTIN = Builders.of(CAST, SAME, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH, *PEERS)
+BUILTIN = replace(
+    Builders.of(CAST, SAME, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH, *PEERS), files=()
+)

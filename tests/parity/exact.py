@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from kittybuild import __version__
 from tests.helpers import load_tensors
 from tests.parity.exact_cases import PEERS, Case, cases, real_cases, write_pico
+from tests.parity.ours import recipe_of
 from tests.parity.peer_digests import digest, shown_only
 from tests.parity.real import write_real
 
@@ -128,16 +128,7 @@ def compare(numerics: str, environment: str, folder: Path, arguments: argparse.N
 
 def build(numerics: str, chosen: Sequence[Case], folder: Path) -> None:
     """One recipe with a stage for each case, built as a person would."""
-    names = [f"case-{number}" for number in range(len(chosen))]
-    recipe = {
-        "kittybuild": 1,
-        "name": "parity",
-        "numerics": numerics,
-        "allow_nan": True,  # some of what the peers make is NaN
-        "stages": {name: {"kind": "merge", **case.config} for name, case in zip(names, chosen, strict=True)},
-        "outputs": {name: {"folder": f"ours/{case.key}"} for name, case in zip(names, chosen, strict=True)},
-    }
-    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yml").write_text(recipe_of(numerics, chosen), encoding="utf-8")
     command = [sys.executable, "-m", "kittybuild", "build", "recipe.yml", "--store", "store"]
     call(command, folder, {"PYTHONPATH": str(ROOT)})
 

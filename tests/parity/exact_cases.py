@@ -321,10 +321,9 @@ def real_cases(numerics: str) -> tuple[Case, ...]:
     ]
     known = {method.name for method in BUILTIN.methods(numerics)}
     chosen = [config for config in configs if config["merge_method"] in known]
-    return tuple(
-        Case(
-            f"{config['merge_method']} {number}", dtype, {**config, **({"dtype": dtype} if dtype != "float32" else {})}
-        )
-        for number, config in enumerate(chosen)
-        for dtype in ("float32", "bfloat16")
-    )
+    found = []
+    for number, config in enumerate(chosen):
+        whole = _with_dtype(config, "float32")
+        name = f"{config['merge_method']} {number}"
+        found += [Case(name, "float32", whole), Case(name, "bfloat16", {**whole, "dtype": "bfloat16"})]
+    return tuple(found)

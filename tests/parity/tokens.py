@@ -1,6 +1,6 @@
 """Aligns the tables of pico models by their tokenizers, with kittybuild and with mergekit 0.1.5, and compares each row.
 
-    python -m tests.parity.tokens --mergekit ENVIRONMENT [--real FOLDER]
+    python -m tests.parity.tokens --mergekit ENVIRONMENT [--real FOLDER] [--write FILE]
 
 mergekit's ids of a union depend on the order of a hash map: rows are compared by their tokens. A linear merge with
 weight 1 for one model and 0 for the others shows the table of that model. What counts as equal:
@@ -9,7 +9,7 @@ weight 1 for one model and 0 for the others shows the table of that model. What 
 - rows that are copied, zero, or (float32) averaged: every bit; averages in bfloat16: the same or the neighbouring
   number; rows that round up: within 2**-8 of the size of a row, since mergekit adds in the dtype of the tables.
 
-`--real`: a folder of folders with real tokenizers, each pair of which is compared too.
+`--real`: a folder of folders with real tokenizers, each pair of which is compared too; may be given again.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ from tests.jobs import make
 from tests.parity.parity import call, places
 from tests.tokenizers import Files, byte_fallback, byte_level, files_of, read_files, write_files
 
+HEAD = (
+    "# Tables by token, kittybuild and mergekit 0.1.5",
+    "",
+    "Written by `python -m tests.parity.tokens`, whose docstring says what counts as equal. Each case compares",
+    "embedding and head of every model of the merge, aligned to the output's vocabulary, row by row.",
+    "",
+    "| models | case | verdict |",
+    "|---|---|---|",
+)
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 WIDTH = 32
 
@@ -205,17 +214,22 @@ def main() -> int:
     """Run all cases, print a line each, return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mergekit", required=True, help="the environment with mergekit==0.1.5")
-    parser.add_argument("--real", type=Path, help="a folder of folders with real tokenizers")
+    parser.add_argument("--real", type=Path, action="append", default=[], help="a folder of folders with tokenizers")
+    parser.add_argument("--write", type=Path, help="write the table to this file, too")
     parser.add_argument("--only", default="", help="only the cases with this in their name")
     arguments = parser.parse_args()
-    failed = 0
-    for case in (*cases(), *(real(arguments.real) if arguments.real else ())):
+    lines, failed = [], False
+    chosen = [*cases(), *(case for folder in arguments.real for case in real(folder))]
+    for case in chosen:
         if arguments.only not in case.name:
             continue
         with tempfile.TemporaryDirectory() as folder:
             problems = run(case, Path(folder), arguments.mergekit)
-        failed += bool(problems)
-        print(f"{case.dtype:<9} {case.name}: {'; '.join(problems) or 'equal'}", flush=True)
+        failed |= bool(problems)
+        lines.append(f"| {case.dtype} | {case.name} | {'; '.join(problems) or 'equal'} |")
+        print(lines[-1], flush=True)
+    if arguments.write:
+        arguments.write.write_text("\n".join([*HEAD, *lines]) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
 

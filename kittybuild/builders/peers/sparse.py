@@ -42,7 +42,7 @@ def l1_norm_of_both(delta: Tensor, kept: Tensor) -> Tensor:
 def magnitude(delta: Tensor, index: int, params: Mapping[str, Any], *, rescale: Rescale, least: int) -> Tensor:
     """The int(density · n) largest magnitudes, in the order of torch's sort of their float32 values.
 
-    `least`: so many at least; 0: BuildError KB509 where none would be kept.
+    `least`: so many at least; 0: BuildError KB510 where none would be kept.
     """
     density, n = params["density"][index], delta.numel()
     if density >= 1:

@@ -147,7 +147,7 @@ def multislerp(given: Given) -> Tensor:
     """Steps once from the weighted mean direction along the sphere, and scales by the weighted mean norm.
 
     All in the models' element type, on differences where there is a base. A single model is taken as it is. Raises
-    BuildError KB509 where more than two directions cancel out.
+    BuildError KB510 where more than two directions cancel out.
     """
     import torch
 

@@ -38,7 +38,7 @@ class Given:
 def refused(method: str, why: str) -> BuildError:
     """The error where the peer itself ends with one: it has no bits to reproduce."""
     hint = "leave `numerics` out: kitty-1 has an answer here"
-    return BuildError("KB509", f"{method}: {why}, where the program whose numerics these are fails", hint=hint)
+    return BuildError("KB510", f"{method}: {why}, where the program whose numerics these are fails", hint=hint)
 
 
 def in_order(numbers: Iterable[float]) -> float:
