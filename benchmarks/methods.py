@@ -39,8 +39,8 @@ def config(method: Method, paths: Sequence[str]) -> dict[str, Any]:
     given = {param.name for param in method.params if param.required or param.name in ("weight", "density")}
     per_model = {p.name: VALUES[p.name] for p in method.params if p.name in given and p.scope == "input"}
     shared = {p.name: VALUES[p.name] for p in method.params if p.name in given and p.scope == "shared"}
-    if method.name == "slerp":
-        per_model, shared = {}, {"t": VALUES["t"]}
+    if method.name == "slerp":  # whose base is one of the two
+        others, per_model, shared = paths[:2], {}, {"t": VALUES["t"]}
     if method.name == "passthrough":
         per_model = {"scale": VALUES["scale"]}
     form: dict[str, Any] = {"merge_method": method.name, "dtype": "bfloat16"}
