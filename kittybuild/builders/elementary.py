@@ -21,8 +21,9 @@ _PI = (
 )
 """In parts: the number of times that they are taken off an argument, times any but the last, is exact."""
 _LOG2_E = 1.4426950408889634
-_ROOT_HALF = 0x3FE6_A09E_667F_3BCD
-"""The bits of the square root of 1/2."""
+_HALF_LN2 = 0.34657359027997264
+_ROOT_HALF = math.sqrt(0.5)
+_ROOT_HALF_BITS = 0x3FE6_A09E_667F_3BCD
 
 # Highest power first.
 _EXP = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
@@ -35,6 +36,9 @@ def exponential(x: Array) -> Array:
     """e to the power of each number, in place, within two units of the last place. Beyond -708 and 709 it stands."""
     import numpy as np
 
+    if x.size and -_HALF_LN2 < x.min() and x.max() < _HALF_LN2:  # what follows would change nothing but the time
+        x[...] = _series(_EXP, x)
+        return x
     np.clip(x, -708.0, 709.0, out=x)
     times = x * _LOG2_E
     np.rint(times, out=times)
@@ -53,14 +57,32 @@ def logarithm(x: Array) -> Array:
     """
     import numpy as np
 
+    if x.size and _ROOT_HALF <= x.min() and x.max() < 2 * _ROOT_HALF:  # times would be zero
+        x -= 1.0
+        less = _less(x)
+        less -= x
+        return np.subtract(0.0, less, out=x)
     spoilt = x - x
     bits = x.view(np.int64)
-    powers = bits - _ROOT_HALF
+    powers = bits - _ROOT_HALF_BITS
     powers >>= 52
     times = powers.astype(np.float64)
     powers <<= 52
     bits -= powers
-    x -= 1.0  # exact; x is now 2**-times the argument, less 1, and log(1 + x) = x - ratio (x - series)
+    x -= 1.0  # exact; x is now 2**-times the argument, less 1
+    less = _less(x)
+    less -= times * _LN2[1]
+    less -= x
+    times *= _LN2[0]
+    np.subtract(times, less, out=x)
+    x += spoilt
+    return x
+
+
+def _less(x: Array) -> Array:
+    """What log(1 + x) is less than x: the ratio x / (2 + x) times (x - series)."""
+    import numpy as np
+
     ratio = x + 2.0
     np.divide(x, ratio, out=ratio)
     square = ratio * ratio
@@ -68,12 +90,7 @@ def logarithm(x: Array) -> Array:
     less *= square
     np.subtract(x, less, out=less)
     less *= ratio
-    less -= times * _LN2[1]
-    less -= x
-    times *= _LN2[0]
-    np.subtract(times, less, out=x)
-    x += spoilt
-    return x
+    return less
 
 
 def sine(x: Array) -> Array:

@@ -21,7 +21,7 @@ Importance = Callable[["Array", int], "Array"]
 
 SMOOTHING = 1e-8
 QUARTILES = 0.25, 0.5, 0.75
-IN_CACHE = 16_384
+IN_CACHE = 32_768
 """Elements whose divergence is computed together."""
 FEW = 4
 """So many elements are too few for the first quartile to be above the least."""
