@@ -36,7 +36,7 @@ def exponential(x: Array) -> Array:
     """e to the power of each number, in place, within two units of the last place. Beyond -708 and 709 it stands."""
     import numpy as np
 
-    if x.size and -_HALF_LN2 < x.min() and x.max() < _HALF_LN2:  # what follows would change nothing but the time
+    if x.size and x.min() > -_HALF_LN2 and x.max() < _HALF_LN2:  # what follows would change nothing but the time
         x[...] = _series(_EXP, x)
         return x
     np.clip(x, -708.0, 709.0, out=x)
@@ -57,7 +57,7 @@ def logarithm(x: Array) -> Array:
     """
     import numpy as np
 
-    if x.size and _ROOT_HALF <= x.min() and x.max() < 2 * _ROOT_HALF:  # times would be zero
+    if x.size and x.min() >= _ROOT_HALF and x.max() < 2 * _ROOT_HALF:  # times would be zero
         x -= 1.0
         less = _less(x)
         less -= x
