@@ -19,7 +19,6 @@ from kittybuild.errors import SourceError
 TRIES = 5
 LONGEST_WAIT = 60.0
 TIMEOUT = 30.0
-CHUNK = 1 << 20
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -48,13 +47,10 @@ class _Again(Exception):
 
 
 class Web:
-    """The Hub over the network. `offline`: every request is SourceError KB250. `pause`: seconds before a second try.
-
-    `received`: the bytes of files that came so far.
-    """
+    """The Hub over the network. `offline`: every request is SourceError KB250. `pause`: seconds before a second try."""
 
     def __init__(self, *, offline: bool = False, pause: float = 0.5) -> None:
-        self.offline, self.pause, self.received = offline, pause, 0
+        self.offline, self.pause = offline, pause
 
     def info(self, repository: str, revision: str | None) -> Any:
         """What the Hub says of a repository at a revision, its files with sizes and digests. Raises SourceError."""
@@ -117,8 +113,7 @@ class Web:
                 if response.status_code >= 400:
                     raise _problem(response, str(file))
                 at = _begin(file, response, start)
-                for data in response.iter_raw(CHUNK):
-                    self.received += len(data)
+                for data in response.iter_raw():  # as it comes: what waits for a fuller block is lost with a cut
                     wanted = data[max(0, start - at) : max(0, stop - at)]
                     at += len(data)
                     if wanted:
