@@ -244,6 +244,4 @@ def unknown_source(path: str, near: list[str]) -> SourceError:
     hint = nearest(path, near) if near else None
     if hint is None or not hint.startswith("did"):
         hint = "paths count from the recipe's folder, then from the working folder"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\S+)?", path):
-            hint += "; a model on the Hub must be downloaded first"
     return SourceError("KB201", f"no such file or folder: {path}", hint=hint)

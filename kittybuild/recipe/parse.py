@@ -125,18 +125,19 @@ def _stem(file: str) -> str:
 
 def _source(name: str, form: SourceText, document: Document, problems: Problems) -> SourceDecl | None:
     at = document.at(("sources", name))
-    if form.hub is not None and form.path is None and form.package is None:
-        if REPOSITORY.fullmatch(form.hub) and not (form.revision or "").startswith(("/", ".")):
+    given = {key for key in ("path", "package", "file", "hub", "revision") if getattr(form, key) is not None}
+    if given == {"path"}:
+        return SourceDecl(form.path or "", at=at)
+    if given == {"package", "file"}:
+        return SourceDecl(form.file or "", form.package, at)
+    message = f"source {name!r} is none of the three kinds"
+    hint = "write {path: FOLDER}, {package: NAME, file: FILE} or {hub: ORGANISATION/NAME, revision: REVISION}"
+    if form.hub is not None and given <= {"hub", "revision", "file"}:
+        if REPOSITORY.fullmatch(form.hub):
             return SourceDecl(form.file or "", at=at, hub=form.hub, revision=form.revision)
+        message = f"{form.hub!r} is no repository of the Hub"
         hint = "write {hub: ORGANISATION/NAME, revision: BRANCH, TAG OR COMMIT}"
-        problems.append(RecipeError("KB103", f"{form.hub!r} is no repository of the Hub", at=str(at), hint=hint))
-    elif form.path is not None and form.package is None and form.file is None and form.revision is None:
-        return SourceDecl(form.path, at=at)
-    elif form.package is not None and form.file is not None and form.path is None and form.revision is None:
-        return SourceDecl(form.file, form.package, at)
-    else:
-        hint = "write {path: FOLDER}, {package: NAME, file: FILE} or {hub: ORGANISATION/NAME, revision: REVISION}"
-        problems.append(RecipeError("KB103", f"source {name!r} is none of the three kinds", at=str(at), hint=hint))
+    problems.append(RecipeError("KB103", message, at=str(at), hint=hint))
     return None
 
 
