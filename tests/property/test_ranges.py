@@ -46,7 +46,8 @@ class TestFile:
                 writer.write(30, b"y" * 5)
                 raise ConnectionError
 
-        pytest.raises(ConnectionError, cut)
+        with pytest.raises(ConnectionError):
+            cut()
         assert part.here() == ((10, 35),)
         with part.writing() as writer:
             assert writer.done == [(10, 35)]
