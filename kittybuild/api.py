@@ -213,7 +213,7 @@ def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) 
     sources = open_all(prepared.paths, prepared.pins, prepared.web)
     made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
     unpinned = tuple(
-        f"{prepared.decls[name].at}: {name} was not in the lock: it is at commit {prepared.pins[name].facts['commit']} now"
+        f"{prepared.decls[name].at}: {name} was not in the lock: commit {prepared.pins[name].facts['commit']}"
         for name in prepared.fresh
     )
     return _looked_up(replace(made, notes=(*made.notes, *unpinned)), sources, store)
