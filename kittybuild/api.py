@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Builders
 from kittybuild.builders.registry import BUILTIN
+from kittybuild.checkpoint.sources.lockfile import read_lock, write_lock
+from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest, Json, canonical, tagged
 from kittybuild.errors import RecipeError, UsageError, nearest
 from kittybuild.model.derivation import Derivation
-from kittybuild.model.lock import lock_json
+from kittybuild.model.lock import Pin, differences, lock_json
 from kittybuild.model.manifest import Manifest, ManifestTensor
 from kittybuild.model.plan import Plan, StagePlan
 from kittybuild.model.recipe import MergeStage, Recipe, SourceDecl
 from kittybuild.planner.explain import Explanation, explanations
+from kittybuild.planner.fetching import downloads
 from kittybuild.planner.known import Known
-from kittybuild.planner.locking import pins, versions
+from kittybuild.planner.locking import locked, pinned_sources, pins, versions
 from kittybuild.planner.lower import lower, origins, targets
 from kittybuild.planner.machine import Machine, this_machine
 from kittybuild.planner.peers import rules_of
 from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
-from kittybuild.planner.views import fingerprints, locate, open_all, source_names
+from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.store.store import Store
 
@@ -75,7 +78,8 @@ class OutputReport:
 class BuildReport:
     """What a build did. Bytes are those of tensors; seconds are the wall's.
 
-    `workers_peak`: the most bytes of memory that worker processes took, beside this one.
+    `workers_peak`: the most bytes of memory that worker processes took, beside this one. `bytes_fetched`: those that
+    came over the network after the headers.
     """
 
     stages: Mapping[str, StageReport]
@@ -85,11 +89,15 @@ class BuildReport:
     workers_peak: int
     seconds: float
     notes: tuple[str, ...] = ()
+    bytes_fetched: int = 0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its sources found: all that can be said before a header is read."""
+    """A recipe with its sources found: all that can be said before a header is read.
+
+    `paths`: the sources that lie here; `pins`: those on the Hub, which `web` leads to; `fresh`: those no lock had.
+    """
 
     recipe: Recipe
     wanted: tuple[str, ...]
@@ -97,6 +105,9 @@ class Prepared:
     decls: Mapping[str, SourceDecl]
     paths: Mapping[str, str]
     keys: Mapping[str, Digest]
+    pins: Mapping[str, Pin] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
+    web: Web = field(default_factory=Web)
     machine: Machine | None = None
 
 
@@ -127,9 +138,11 @@ def prepare(
     folder: str | None = None,
     builders: Builders = BUILTIN,
     capability: str | None = None,
+    offline: bool = False,
 ) -> Prepared:
     """Find the sources and name the outputs. `folder` takes the place of the one output's own.
 
+    Sources on the Hub are what the recipe's lock says; those that it lacks are asked for, unless `offline`.
     `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told.
     """
     wanted = targets(recipe, stages)
@@ -146,8 +159,39 @@ def prepare(
     _check_folders(recipe, folders, paths)
     peers = any(isinstance(stage, MergeStage) and rules_of(stage.numerics).peer for stage in recipe.stages.values())
     machine = this_machine(capability) if peers else None
-    keys = stage_keys(recipe, wanted, fingerprints(paths), builders, machine)
-    return Prepared(recipe, wanted, folders, decls, paths, keys, machine)
+    web = Web(offline=offline)
+    pinned = pinned_sources(decls, paths, read_lock(recipe.file), web)
+    prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in pinned.pins.items()}
+    keys = stage_keys(recipe, wanted, prints, builders, machine)
+    return Prepared(recipe, wanted, folders, decls, paths, keys, pinned.pins, pinned.fresh, web, machine)
+
+
+@dataclass(frozen=True)
+class LockReport:
+    """What `lock` did: the file, its pins, and for each source that has another pin now what changed, line by line."""
+
+    path: str
+    pins: Mapping[str, Pin]
+    changes: Mapping[str, tuple[str, ...]]
+
+
+def lock(recipe: Recipe, update: Sequence[str] = (), offline: bool = False) -> LockReport:
+    """Pin the sources that the recipe's lock lacks, and anew those in `update`; pins of other sources stay.
+
+    Raises UsageError KB010 for a name that is no source, and all problems with sources at once.
+    """
+    decls = source_names(recipe)
+    for name in update:
+        if name not in decls:
+            raise UsageError("KB010", f"there is no source {name!r}", at=recipe.file, hint=nearest(name, decls))
+    before = read_lock(recipe.file)
+    after = locked(decls, locate(recipe, decls), before, update, Web(offline=offline))
+    changes = {
+        name: differences(before.get(name), after.get(name))
+        for name in dict.fromkeys((*before, *after))
+        if before.get(name) != after.get(name)
+    }
+    return LockReport(write_lock(recipe.file, after), after, changes)
 
 
 def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[str, str]) -> None:
@@ -166,8 +210,16 @@ def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[st
 
 def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
-    sources = open_all(prepared.paths)
+    sources = open_all(prepared.paths, prepared.pins, prepared.web)
     made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
+    unpinned = tuple(
+        f"{prepared.decls[name].at}: {name} was not in the lock: commit {prepared.pins[name].facts['commit']}"
+        for name in prepared.fresh
+    )
+    return _looked_up(replace(made, notes=(*made.notes, *unpinned)), sources, store)
+
+
+def _looked_up(made: Plan, sources: Sources, store: Store | None) -> Known:
     known = Known(made, sources, store)
     for name in known.plan.stages:
         known.look_up(name)
@@ -199,11 +251,12 @@ def build(
     """
     started = time.monotonic()
     limits = memory, jobs, processes and builders.files is not None  # else no other process could load them
+    _pin_fresh(prepared)
     ready = _shortcut(prepared, store)
     if ready:
         manifests, lock = ready
         computed = written = dict.fromkeys(manifests, 0)
-        amounts, notes = (0, 0, 0), prepared.recipe.notes
+        amounts, notes = Moved(), prepared.recipe.notes
     else:
         manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
         computed = {name: result.computed for name, result in results.items()}
@@ -214,7 +267,15 @@ def build(
         _publish(prepared, name, manifests[name], lock, store, builders)
         shards = len(manifests[name].shards)
         outputs[name] = OutputReport(folder, written[name], shards - written[name])
-    return BuildReport(stages, outputs, *amounts, time.monotonic() - started, notes)
+    seconds = time.monotonic() - started
+    return BuildReport(stages, outputs, amounts.read, amounts.written, amounts.workers, seconds, notes, amounts.fetched)
+
+
+def _pin_fresh(prepared: Prepared) -> None:
+    """Write down what sources on the Hub were found to be, so that the next build reads the same."""
+    if prepared.fresh:
+        new = {name: prepared.pins[name] for name in prepared.fresh}
+        write_lock(prepared.recipe.file, {**read_lock(prepared.recipe.file), **new})
 
 
 def _report(manifest: Manifest, computed: int, store: Store) -> StageReport:
@@ -249,13 +310,24 @@ def _lock_key(prepared: Prepared) -> Digest:
     return tagged("kittybuild.lock.v1", [[name, key.hex] for name, key in prepared.keys.items()])
 
 
-Ran = tuple[dict[str, Manifest], bytes, "dict[str, StageResult]", tuple[int, int, int], tuple[str, ...]]
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes read, written and fetched, and the most memory that workers took."""
+
+    read: int = 0
+    written: int = 0
+    workers: int = 0
+    fetched: int = 0
+
+
+Ran = tuple[dict[str, Manifest], bytes, "dict[str, StageResult]", Moved, tuple[str, ...]]
 
 
 def _run(
     prepared: Prepared, store: Store, limits: tuple[int, int, bool], events: Events | None, builders: Builders
 ) -> Ran:
     from kittybuild.executor.events import Silent
+    from kittybuild.executor.fetch import fetch
     from kittybuild.executor.run import Limits, run
     from kittybuild.publish.companions import companion_files
 
@@ -264,6 +336,9 @@ def _run(
     if found.tensors:
         events.note(f"an interrupted build left {found.tensors} finished tensors: they are used")
     known = plan(prepared, store, builders)
+    needed = downloads(known)
+    fetched = fetch(needed, events)
+    known = _looked_up(known.plan, known.sources, store) if needed else known  # what was verified is known better
     results, amounts = run(known, store, builders, Limits(*limits), events)
     manifests = {}
     for name, stage in known.plan.stages.items():
@@ -271,12 +346,13 @@ def _run(
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = canonical(lock_json(pins(known, prepared.decls), versions()))
+    lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))
     for name, manifest in manifests.items():
         store.set_shortcut(prepared.keys[name], manifest.digest)
     store.drop_salvaged()
-    return manifests, lock, results, (amounts.read, amounts.written, amounts.workers), known.plan.notes
+    moved = Moved(amounts.read, amounts.written, amounts.workers, fetched)
+    return manifests, lock, results, moved, known.plan.notes
 
 
 def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
@@ -301,12 +377,14 @@ def _publish(prepared: Prepared, name: str, manifest: Manifest, lock: bytes, sto
 __all__ = [
     "BuildReport",
     "Explanation",
+    "LockReport",
     "OutputReport",
     "Plan",
     "Prepared",
     "StageReport",
     "build",
     "explain",
+    "lock",
     "plan",
     "prepare",
     "read_recipe",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 LARGEST_COMPANION = 256 << 20
 RIGHTS = "check the path and its rights"
+VIEWS = "kittybuild"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 _TRAINING = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*)\.(bin|pt|pth|safetensors)"
@@ -198,7 +199,7 @@ def _companions(path: str) -> list[Companion]:
         for name in sorted(names):
             full = os.path.join(folder, name)
             relative = os.path.relpath(full, path).replace(os.sep, "/")
-            if relative in _OURS or name.startswith(".") or name.endswith(_WEIGHTS):
+            if not is_companion(relative):
                 continue
             if not _allowed(top, full):
                 hint = "put the file itself there"
@@ -207,14 +208,35 @@ def _companions(path: str) -> list[Companion]:
     return sorted(found, key=lambda companion: companion.name)
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of a checkpoint travels with its weights, by its name in the folder."""
+    return not (name in _OURS or name.endswith(_WEIGHTS) or any(part.startswith(".") for part in name.split("/")))
+
+
+def weights_among(names: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
+    """Which of a folder's files hold its weights: the index of them, or else the files."""
+    for form in _FORMATS:
+        if form.index in names:
+            return form.index, ()
+        if form.single in names:
+            return None, (form.single,)
+    for form in _FORMATS:
+        loose = sorted(name for name in names if name.endswith(form.suffixes) and "/" not in name)
+        if loose := [name for name in loose if not _TRAINING.fullmatch(name)]:
+            return None, tuple(loose)
+    return None, ()
+
+
 def _allowed(top: str, full: str) -> bool:
-    """A file of the folder, or a link as the Hugging Face cache makes them (snapshots/x/name -> blobs/digest)."""
+    """A file of the folder, or a link as the Hugging Face cache makes them: snapshots/x/name -> blobs/digest, which may
+    be a link to blobs/ab/digest of the whole cache. Our views of it are like its snapshots, with blobs of their own."""
     real = os.path.realpath(full)
     if real.startswith(top.rstrip(os.sep) + os.sep):
         return True
     snapshots = os.path.dirname(top)
-    blobs = os.path.join(os.path.dirname(snapshots), "blobs")
-    return os.path.basename(snapshots) == "snapshots" and real.startswith(blobs + os.sep)
+    repository = os.path.dirname(snapshots)
+    blobs = [os.path.join(folder, "blobs") + os.sep for folder in (snapshots, repository, os.path.dirname(repository))]
+    return os.path.basename(snapshots) in ("snapshots", VIEWS) and real.startswith(tuple(blobs))
 
 
 def unknown_source(path: str, near: list[str]) -> SourceError:
@@ -222,6 +244,4 @@ def unknown_source(path: str, near: list[str]) -> SourceError:
     hint = nearest(path, near) if near else None
     if hint is None or not hint.startswith("did"):
         hint = "paths count from the recipe's folder, then from the working folder"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\S+)?", path):
-            hint += "; a model on the Hub must be downloaded first"
     return SourceError("KB201", f"no such file or folder: {path}", hint=hint)

@@ -21,13 +21,19 @@ _PLAIN = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class FileId:
-    """A file as `stat` tells it: when one of these changes, what we knew of its content is void."""
+    """A file as `stat` tells it: when one of these changes, what we knew of its content is void.
+
+    `content`: its SHA-256 (or its name in git), for a file of which a lock says it; then nothing else counts. `whole`:
+    its bytes were seen to be those; else only ranges of it are here, as a server gave them.
+    """
 
     path: str
     size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    inode: int = 0
+    content: str = ""
+    whole: bool = True
 
     @classmethod
     def of(cls, path: str) -> FileId:
@@ -37,6 +43,8 @@ class FileId:
 
     def key(self) -> Digest:
         """The name under which facts about this file are remembered."""
+        if self.content:
+            return tagged("kittybuild.pinned-file.v1", [self.content, self.whole])
         return tagged("kittybuild.file.v1", [self.path, self.size, self.mtime_ns, self.ctime_ns, self.inode])
 
 

@@ -15,6 +15,7 @@ from kittybuild.cli.common import (
     JSON,
     METHODS,
     NUMERICS,
+    OFFLINE,
     STORE,
     Size,
     amount,
@@ -56,7 +57,7 @@ def peak_rss() -> int:
 )
 @NUMERICS
 @METHODS
-@click.option("--offline", is_flag=True, help="Never connect (hub sources are not built yet, so builds never do).")
+@OFFLINE
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @answers
@@ -79,7 +80,7 @@ def command(
     parsed = api.read_recipe(recipe, builders, numerics)
     if not parsed.outputs and output is None and not stages:
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
-    prepared = api.prepare(parsed, stages, output, builders, capability())
+    prepared = api.prepare(parsed, stages, output, builders, capability(), offline)
     with Store.open(store_folder(store, recipe)) as opened, shown() as events:
         report = api.build(
             prepared,
@@ -95,6 +96,7 @@ def command(
         "stages": {name: stage.to_json() for name, stage in report.stages.items()},
         "outputs": {name: out.to_json() for name, out in report.outputs.items()},
         "bytes": {"read": report.bytes_read, "written": report.bytes_written},
+        "downloaded": report.bytes_fetched,
         "seconds": round(report.seconds, 3),
         "peak_rss": peak_rss() + report.workers_peak,
         "notes": list(report.notes),
@@ -117,6 +119,6 @@ def _print(report: api.BuildReport, verbose: bool) -> None:
     for out in report.outputs.values():
         click.echo(f"{out.folder}: {out.shards_written} shards written, {out.shards_linked} linked")
     read, written = amount(report.bytes_read), amount(report.bytes_written)
-    click.echo(
-        f"read {read}, wrote {written}, {report.seconds:.1f} s, peak memory {amount(peak_rss() + report.workers_peak)}"
-    )
+    fetched = f"downloaded {amount(report.bytes_fetched)}, " if report.bytes_fetched else ""
+    peak = amount(peak_rss() + report.workers_peak)
+    click.echo(f"{fetched}read {read}, wrote {written}, {report.seconds:.1f} s, peak memory {peak}")

@@ -39,6 +39,7 @@ NUMERICS = click.option(
 METHODS = click.option(
     "--methods", "files", metavar="FILE", multiple=True, help="A Python file with merge methods; may be given again."
 )
+OFFLINE = click.option("--offline", is_flag=True, help="Never connect: what is not on this machine is an error.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -13,6 +13,7 @@ from kittybuild.cli.common import (
     JSON,
     METHODS,
     NUMERICS,
+    OFFLINE,
     STORE,
     Size,
     amount,
@@ -34,6 +35,7 @@ from kittybuild.store.store import Store
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
 @NUMERICS
 @METHODS
+@OFFLINE
 @JSON
 @answers
 def command(
@@ -45,11 +47,12 @@ def command(
     jobs: int | None,
     numerics: str | None,
     files: tuple[str, ...],
+    offline: bool,
     as_json: bool,
 ) -> dict[str, Any]:
     """Show what building RECIPE would compute, link, copy, read and write. Starts neither torch nor transformers."""
     builders = load(files)
-    prepared = api.prepare(api.read_recipe(recipe, builders, numerics), stages, None, builders, capability())
+    prepared = api.prepare(api.read_recipe(recipe, builders, numerics), stages, None, builders, capability(), offline)
     folder = store_folder(store, recipe)
     with Store.open(folder) if Store.exists(folder) else nullcontext() as opened:
         if explain is not None:
@@ -74,5 +77,7 @@ def _print(found: Estimate) -> None:
         click.echo(f"  read {amount(stage.read)}, write {amount(stage.written)}")
         if stage.files:
             click.echo(f"  files with it: {', '.join(stage.files)}")
+    if found.download:
+        click.echo(f"download {amount(found.download)}")
     total = sum(stage.written for stage in found.stages.values())
     click.echo(f"peak memory about {amount(found.peak_memory)}, disk {amount(total)}")

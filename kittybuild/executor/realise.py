@@ -69,6 +69,7 @@ class Realiser:
     def _given(self, given: Input) -> Given:
         ref = self.known.ref(given)
         if isinstance(given, SourceTensor):
+            self.known.sources.bring(given)
             return Given(given.spec, ref, entry=self.known.entry(given))
         if location := self._location(given):
             return Given(given.spec, ref, location=location)
@@ -135,6 +136,7 @@ class Realiser:
 
     def _feed(self, given: Input) -> Feed:
         if isinstance(given, SourceTensor):
+            self.known.sources.bring(given)
             return Feed(self.files.reader(self.known.entry(given)), self.known.ref(given))
         location = self._location(given)
         assert location is not None  # the caller looked

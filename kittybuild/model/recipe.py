@@ -93,11 +93,26 @@ def _named(name: str, revision: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourceDecl:
-    """A source: a folder or file (`path`), or a file inside an installed Python package (`package`, `path`)."""
+    """A source: a folder or file (`path`), or a file inside an installed Python package (`package`, `path`), or a
+    repository on the Hub (`hub`, `revision`), all of it or one file (`path`). `maybe`: on the Hub, if nothing here has
+    the name; `path` is that name.
+    """
 
     path: str
     package: str | None = None
     at: At = field(default=NOWHERE, compare=False)
+    hub: str | None = None
+    revision: str | None = None
+    maybe: bool = False
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What a pin repeats of it, for a source that is where it says."""
+        if self.hub:
+            words = {"hub": self.hub, "revision": self.revision, "file": None if self.maybe else self.path}
+        else:
+            words = {"package": self.package, "file" if self.package else "path": self.path}
+        return {key: word for key, word in words.items() if word}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from kittybuild.builders.base import Builders
 from kittybuild.model.derivation import Derivation, StageTensor
 from kittybuild.model.plan import StagePlan, inputs_of
+from kittybuild.planner.fetching import downloads
 from kittybuild.planner.known import Known
 from kittybuild.planner.work import StageWork, stage_work
 
@@ -34,16 +35,21 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A whole build. Where contents are unknown it assumes the most: that all that hangs on them is computed."""
+    """A whole build. Where contents are unknown it assumes the most: that all that hangs on them is computed.
+
+    `download`: bytes that come over the network.
+    """
 
     stages: Mapping[str, StageEstimate]
     peak_memory: int
     notes: tuple[str, ...]
+    download: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
         stages = {name: asdict(stage) for name, stage in self.stages.items()}
-        return {"stages": stages, "peak_memory": self.peak_memory, "notes": list(self.notes)}
+        rest = {"peak_memory": self.peak_memory, "download": self.download, "notes": list(self.notes)}
+        return {"stages": stages, **rest}
 
 
 def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Estimate:
@@ -52,7 +58,7 @@ def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Est
     stages = {work.stage.name: _stage(work, known) for work in works}
     computes = any(stage.computed or stage.copied for stage in stages.values())
     peak = min(memory, RUNTIME + jobs * BLOCKS + _largest_whole(known, works, builders)) if computes else 60_000_000
-    return Estimate(stages, peak, known.plan.notes)
+    return Estimate(stages, peak, known.plan.notes, sum(each.missing for each in downloads(known)))
 
 
 def _stage(work: StageWork, known: Known) -> StageEstimate:

@@ -6,6 +6,7 @@ A derivation's content is known when the contents of its inputs are, and somebod
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from kittybuild.checkpoint.source import RAW, Entry, FileId
 from kittybuild.digest import Digest
@@ -40,23 +41,25 @@ class Known:
 
     def memo_name(self, entry: Entry) -> str:
         """Under which name the memo of its file keeps the digest of a tensor: decoded tensors count by their decoder,
-        and by the other files that it reads."""
+        and by the other files that it reads; plain ones in a pinned file by their place, whatever they are called."""
+        if entry.encoding == RAW and self.file_id(entry.file).content:
+            return f"{entry.offset}+{entry.nbytes}"
         others = [self.file_id(path).key().hex for path in entry.files[1:]]
         return entry.name if entry.encoding == RAW else "/".join([entry.encoding, "1", *others, entry.name])
 
     def check_unchanged(self, path: str) -> None:
         """Raise SourceError KB210 if a source file is not the one whose header was read any more."""
         before = self.file_id(path)
-        if self._identify(path) != before:
+        if not before.content and self._identify(path) != before:
             raise _changed(path)
 
     def _identify(self, path: str) -> FileId:
         try:
-            found = FileId.of(path)
+            found = self.sources.identity(path)
         except OSError as error:
             hint = "it was there when the build began"
             raise SourceError("KB201", f"cannot read: {error.strerror}", at=path, hint=hint) from error
-        if found not in self._listed:
+        if not found.content and found not in self._listed:
             raise _changed(path)
         return found
 
@@ -75,7 +78,10 @@ class Known:
 
     def _memo(self, path: str) -> Mapping[str, Digest]:
         if path not in self._memos:
-            self._memos[path] = self.store.memos(self.file_id(path).key()) if self.store else {}
+            file = self.file_id(path)
+            self._memos[path] = self.store.memos(file.key()) if self.store else {}
+            if self.store and not file.whole:  # what was once seen in the verified file counts more
+                self._memos[path] = {**self._memos[path], **self.store.memos(replace(file, whole=True).key())}
         return self._memos[path]
 
     def learn(self, step: Input, ref: TensorRef) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kittybuild.checkpoint.folder import unknown_source
 from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
-from kittybuild.checkpoint.source import Checkpoint
+from kittybuild.checkpoint.source import Checkpoint, FileId
+from kittybuild.checkpoint.sources.cached import Cached
+from kittybuild.checkpoint.sources.hub import bring_entry, identity, open_pinned
+from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest
 from kittybuild.errors import KittybuildError, PlanError, raise_all
 from kittybuild.model.derivation import Input, SourceTensor
+from kittybuild.model.lock import REPOSITORY, Pin
 from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
 
 
@@ -32,12 +36,25 @@ class Sources:
 
     checkpoints: Mapping[str, Checkpoint]
     paths: Mapping[str, str]
+    remote: Mapping[str, Cached] = field(default_factory=dict)
 
     def view(self, name: str) -> View:
         """A source as a model."""
         checkpoint = self.checkpoints[name]
         tensors = {entry.name: SourceTensor(name, entry.name, entry.spec) for entry in checkpoint.entries.values()}
         return View(name, tensors, name if checkpoint.companions else None, checkpoint.config)
+
+    def identity(self, path: str) -> FileId:
+        """The identity of a file: its content where a lock says it, else what `stat` does. Raises OSError."""
+        for cached in self.remote.values():
+            if path.startswith(cached.view + os.sep) and (known := identity(cached, path)):
+                return known
+        return FileId.of(path)
+
+    def bring(self, tensor: SourceTensor) -> None:
+        """See that the bytes of a tensor are on this machine. Raises SourceError."""
+        if cached := self.remote.get(tensor.source):
+            bring_entry(cached, self.checkpoints[tensor.source].entries[tensor.name])
 
 
 def source_names(recipe: Recipe) -> dict[str, SourceDecl]:
@@ -59,20 +76,29 @@ def _declared(recipe: Recipe, name: str, revision: str | None, at: At) -> Source
     known = recipe.sources.get(name)
     if known and revision is None:
         return known
-    return SourceDecl(f"{name}@{revision}" if revision else name, at=at)
+    path = f"{name}@{revision}" if revision else name
+    if REPOSITORY.fullmatch(name):
+        return SourceDecl(path, at=at, hub=name, revision=revision, maybe=True)
+    return SourceDecl(path, at=at)
 
 
 def locate(recipe: Recipe, decls: Mapping[str, SourceDecl]) -> dict[str, str]:
-    """Where each source is. Relative paths count from the recipe's folder, then from the working folder."""
+    """Where each source is, but for those that are on the Hub.
+
+    Relative paths count from the recipe's folder, then from the working folder.
+    """
     problems: list[KittybuildError] = []
     folders = (os.path.dirname(os.path.abspath(recipe.file)), os.getcwd())
     paths = {}
     for name, decl in decls.items():
         try:
+            if decl.hub and not decl.maybe:
+                continue
             path = package_file(decl.package, decl.path) if decl.package else find(decl.path, folders)
-            if path is None:
+            if path is None and not decl.hub:
                 raise unknown_source(decl.path, [*recipe.sources, *recipe.stages])
-            paths[name] = path
+            if path is not None:
+                paths[name] = path
         except KittybuildError as error:
             error.at = str(decl.at)
             problems.append(error)
@@ -80,17 +106,21 @@ def locate(recipe: Recipe, decls: Mapping[str, SourceDecl]) -> dict[str, str]:
     return paths
 
 
-def open_all(paths: Mapping[str, str]) -> Sources:
-    """The headers of all sources; every source that cannot be read is reported."""
+def open_all(paths: Mapping[str, str], pins: Mapping[str, Pin] | None = None, web: Web | None = None) -> Sources:
+    """The headers of all sources; every source that cannot be read is reported. `pins`: of those that are on the Hub,
+    which `web` leads to."""
     problems: list[KittybuildError] = []
-    checkpoints = {}
-    for name, path in paths.items():
+    checkpoints, remote = {}, {}
+    for name in (*paths, *(pins or ())):
         try:
-            checkpoints[name] = open_source(path)
+            if name in paths:
+                checkpoints[name] = open_source(paths[name])
+            elif pins and web:
+                checkpoints[name], remote[name] = open_pinned(pins[name], web)
         except KittybuildError as error:
             problems.append(error)
     raise_all(problems)
-    return Sources(checkpoints, paths)
+    return Sources(checkpoints, paths, remote)
 
 
 def fingerprints(paths: Mapping[str, str]) -> dict[str, Digest]:

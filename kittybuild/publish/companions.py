@@ -22,13 +22,13 @@ def companion_files(stage: StagePlan, sources: Sources, store: Store) -> tuple[M
     donor = sources.checkpoints[stage.donor]
     found = []
     for companion in donor.companions:
-        _unchanged(companion, donor)
+        _unchanged(companion, donor, sources)
         if companion.name == "config.json" and stage.config is not None and stage.config != donor.config:
             data = (json.dumps(stage.config, indent=2, ensure_ascii=False) + "\n").encode()
             found.append(ManifestFile(companion.name, store.put_file(data), len(data)))
         else:
             found.append(_taken_over(companion, store))
-            _unchanged(companion, donor)
+            _unchanged(companion, donor, sources)
     return tuple(found)
 
 
@@ -44,10 +44,11 @@ def _taken_over(companion: Companion, store: Store) -> ManifestFile:
     return ManifestFile(companion.name, digest, len(data))
 
 
-def _unchanged(companion: Companion, donor: Checkpoint) -> None:
+def _unchanged(companion: Companion, donor: Checkpoint, sources: Sources) -> None:
     """The file is still the one that was there when the headers were read."""
     with suppress(OSError):
-        if FileId.of(companion.path) in donor.files:
+        found = sources.identity(companion.path)
+        if found.content or found in donor.files:
             return
     hint = "build again when nothing writes to it"
     raise SourceError("KB210", "the file changed during the build", at=companion.path, hint=hint)

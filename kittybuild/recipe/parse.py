@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest, raise_all
 from kittybuild.model.derivation import KITTY_1
+from kittybuild.model.lock import REPOSITORY
 from kittybuild.model.method import Catalogue
 from kittybuild.model.recipe import ApplyLoraStage, Output, Recipe, SourceDecl, Stage
 from kittybuild.recipe.merge import Problems
@@ -124,16 +125,19 @@ def _stem(file: str) -> str:
 
 def _source(name: str, form: SourceText, document: Document, problems: Problems) -> SourceDecl | None:
     at = document.at(("sources", name))
-    if form.hub is not None:
-        hint = "download it first and give its folder as `path:`"
-        problems.append(RecipeError("KB109", "hub sources are not built yet", at=str(at), hint=hint))
-    elif form.path is not None and form.package is None and form.file is None and form.revision is None:
-        return SourceDecl(form.path, at=at)
-    elif form.package is not None and form.file is not None and form.path is None and form.revision is None:
-        return SourceDecl(form.file, form.package, at)
-    else:
-        hint = "write {path: FOLDER} or {package: NAME, file: FILE}"
-        problems.append(RecipeError("KB103", f"source {name!r} is neither of the two kinds", at=str(at), hint=hint))
+    given = {key for key in ("path", "package", "file", "hub", "revision") if getattr(form, key) is not None}
+    if given == {"path"}:
+        return SourceDecl(form.path or "", at=at)
+    if given == {"package", "file"}:
+        return SourceDecl(form.file or "", form.package, at)
+    message = f"source {name!r} is none of the three kinds"
+    hint = "write {path: FOLDER}, {package: NAME, file: FILE} or {hub: ORGANISATION/NAME, revision: REVISION}"
+    if form.hub is not None and given <= {"hub", "revision", "file"}:
+        if REPOSITORY.fullmatch(form.hub):
+            return SourceDecl(form.file or "", at=at, hub=form.hub, revision=form.revision)
+        message = f"{form.hub!r} is no repository of the Hub"
+        hint = "write {hub: ORGANISATION/NAME, revision: BRANCH, TAG OR COMMIT}"
+    problems.append(RecipeError("KB103", message, at=str(at), hint=hint))
     return None
 
 

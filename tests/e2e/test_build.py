@@ -60,7 +60,7 @@ class TestJson:
     def test_a_build_answers_what_the_contract_says(self, recipe: str, tmp_path: Path) -> None:
         out = tmp_path / "out"
         answer = build(recipe, "-o", out, "--store", tmp_path / "store")
-        assert set(answer) == {"ok", "stages", "outputs", "bytes", "seconds", "peak_rss", "notes"}
+        assert set(answer) == {"ok", "stages", "outputs", "bytes", "downloaded", "seconds", "peak_rss", "notes"}
         stage = answer["stages"].pop("merge")
         assert answer["stages"] == {}
         assert Digest(stage.pop("manifest"))

@@ -157,7 +157,7 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 # ---- commands.md
 
 
-COMMANDS = ("build", "plan", "methods", "store info")
+COMMANDS = ("build", "plan", "lock", "methods", "store info")
 
 
 def option_words(option: click.Option) -> list[str]:

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from kittybuild.builders.registry import BUILTIN
+from kittybuild.checkpoint.sources.web import Web
 from kittybuild.errors import KittybuildError, Problems
+from kittybuild.planner.locking import pinned_sources
 from kittybuild.planner.lower import lower, targets
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.views import locate, open_all, source_names
@@ -89,7 +91,10 @@ def errors(file: Path) -> str:
     """What reading and planning a recipe says."""
     try:
         recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file), BUILTIN.catalogue())
-        lower(recipe, targets(recipe, ()), open_all(locate(recipe, source_names(recipe))), BUILTIN, HERE)
+        decls = source_names(recipe)
+        paths = locate(recipe, decls)
+        pinned_sources(decls, paths, {}, Web(offline=True))
+        lower(recipe, targets(recipe, ()), open_all(paths), BUILTIN, HERE)
     except Problems as problems:
         found: tuple[KittybuildError, ...] = problems.errors
     except KittybuildError as error:
