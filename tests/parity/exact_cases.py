@@ -16,7 +16,9 @@ import torch
 from kittybuild.builders.registry import BUILTIN
 from tests.helpers import load_tensors, noise, pico_llama, write_model, write_tokenizer
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+CASTS = DTYPES[:3]
+"""What all peers know as a `dtype`."""
 PEERS = ("mergekit-0.1.5", "mergekit-0.1.4", "mergekitty-0.3")
 LAYERS, WIDTH = 3, 32
 GRADIENT = [0.1, 0.5, 0.3, 0.7, 1.0]
@@ -48,7 +50,9 @@ class Case:
 
 
 def write_pico(folder: Path) -> None:
-    """Of each dtype a base, siblings, one far away, one that is the base, and two whose differences take few values."""
+    """Of each dtype a base, siblings, one far away, one that is the base, two whose differences take few values; and
+    one with more tokens, and one whose layers are of another shape.
+    """
     base = pico_llama(folder / "base-float32", 1, layers=LAYERS, width=WIDTH, dtype="float32", tokenizer=True)
     for seed, name in enumerate(("a", "b", "c"), start=10):
         pico_llama(folder / f"{name}-float32", seed, base=base, spread=0.02, tokenizer=True)
@@ -62,7 +66,13 @@ def write_pico(folder: Path) -> None:
         write_model(
             folder / f"{name}-float32", {n: t.bfloat16().float() + steps[n] for n, t in tensors.items()}, config
         )
+    pico_llama(folder / "wide-float32", 14, layers=LAYERS, width=WIDTH, vocab=80, dtype="float32")
+    inner = config["intermediate_size"] * 3 // 4
+    thin = {n: t[:inner] if "gate" in n or "up_proj" in n else t for n, t in load_tensors(folder / "a-float32").items()}
+    thin = {n: t[:, :inner].contiguous() if "down_proj" in n else t for n, t in thin.items()}
+    write_model(folder / "thin-float32", thin, {**config, "intermediate_size": inner})
     for model in sorted(folder.glob("*-float32")):
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         write_tokenizer(model, config["vocab_size"])
         for dtype in DTYPES:
             narrow = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_tensors(model).items()}
@@ -79,7 +89,7 @@ def cases(numerics: str) -> tuple[Case, ...]:
 
 def _of(numerics: str, dtype: str) -> Iterator[Case]:
     known = {method.name: method for method in BUILTIN.methods(numerics)}
-    for family in (_sums, _arcs, _differences, _sparse, _consensus, _selective, _slices, _casts):
+    for family in (_sums, _arcs, _differences, _sparse, _consensus, _selective, _slices, _shapes, _casts):
         for name, config in family(numerics):
             method = known.get(config["merge_method"])
             shared = config.get("parameters", {})
@@ -250,6 +260,21 @@ def _slices(numerics: str) -> Named:
     yield "slerp, slices", {"merge_method": "slerp", "slices": arc, **gradient}
 
 
+def _shapes(numerics: str) -> Named:
+    if numerics == "mergekit-0.1.5":  # it merges equal shapes only
+        return
+    for other in ("wide", "thin"):
+        yield f"task_arithmetic, {other}", merge("task_arithmetic", weights(**{other: 0.6, "a": 0.7}), "base")
+        yield f"ties, {other}", merge("ties", weights(**{other: 0.6, "a": 0.7}), "base", density=0.4)
+    yield "breadcrumbs, thin", merge("breadcrumbs", weights(thin=0.6, a=0.7), "base", density=0.4, gamma=0.1)
+    if numerics == "mergekit-0.1.4":  # the other one gives all models the rows of one vocabulary beforehand
+        yield "linear, wide", merge("linear", weights(wide=0.3, a=0.5))
+        yield "slerp, wide", merge("slerp", "wide", "base", t=0.3)
+        yield "nuslerp, wide", merge("nuslerp", weights(wide=0.3, a=0.9), "base")
+        yield "model_stock, wide", merge("model_stock", "a wide b", "base")
+        yield "arcee_fusion, wide", merge("arcee_fusion", "wide", "base")
+
+
 def _casts(numerics: str) -> Named:
     whole: tuple[Callable[..., Config], ...] = (
         lambda **top: merge("linear", THREE, **top),
@@ -259,7 +284,7 @@ def _casts(numerics: str) -> Named:
         lambda **top: merge("arcee_fusion", "a", "base", **top),
     )
     for made in whole:
-        for dtype in DTYPES:
+        for dtype in CASTS:
             yield f"{made()['merge_method']}, in {dtype}", made(dtype=dtype)
         yield f"{made()['merge_method']}, out in bfloat16", made(out_dtype="bfloat16")
         yield f"{made()['merge_method']}, in float32, out in float16", made(dtype="float32", out_dtype="float16")
