@@ -195,3 +195,29 @@ class TestStoreInfo:
         assert "packs: " in done.stdout
         loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
         assert not loaded & HEAVY
+
+
+def test_the_plan_says_where_a_peers_random_numbers_are_out_of_reach(models: Path, tmp_path: Path) -> None:
+    listed = [{"model": "happy", "parameters": {"weight": 0.5}}]
+    merge = {"merge_method": "della", "base_model": "base", "models": listed}
+    ties = {**merge, "merge_method": "ties"}
+    recipe = {
+        "kittybuild": 1,
+        "sources": {name: {"path": str(models / name)} for name in ("base", "happy")},
+        "stages": {
+            "chance": {**merge, "numerics": "mergekitty-0.3"},
+            "ours": merge,
+            "sure": {**ties, "numerics": "mergekitty-0.3"},
+        },
+    }
+    written = write_recipe(tmp_path, recipe)
+    done = fresh("plan", written, "--store", tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "random" in line]
+    assert len(told) == 1, done.stderr
+    assert told[0].endswith(
+        "della draws random numbers, which mergekitty-0.3 takes from one stream in the order of its work: its"
+        " distribution is reproduced here, not its bits"
+    )
+    (note,) = [note for note in planned(written, tmp_path / "store")["notes"] if "random" in note]
+    assert told[0].endswith(note)

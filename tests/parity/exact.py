@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kittybuild import __version__
 from tests.helpers import load_tensors
-from tests.parity.exact_cases import PEERS, Case, cases, real_cases, write_pico
+from tests.parity.exact_cases import OUT_OF_REACH, PEERS, Case, cases, real_cases, write_pico
 from tests.parity.ours import recipe_of
 from tests.parity.peer_digests import ALIKE, CPUS, digest, shown_only
 from tests.parity.real import write_real
@@ -225,7 +225,9 @@ def heading() -> str:
         "# kittybuild in the peers' numerics, bit by bit\n\n"
         f"Written by `make parity`. kittybuild {__version__} (torch {torch.__version__},"
         f" {torch.backends.cpu.get_cpu_capability()}), on one thread, against each peer on one thread.\n"
-        "What counts as equal is said in `exact.py`. Cases: a configuration over models of one dtype or a mixture.\n"
+        "What counts as equal is said in `exact.py`. Cases: a configuration over models of one dtype or a mixture; real"
+        " models are those of rxnfp 0.1.0.\n\nOut of reach, and in no case:\n"
+        + "".join(f"- {what}: {why}.\n" for what, why in OUT_OF_REACH.items())
     )
 
 
