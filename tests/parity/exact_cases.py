@@ -27,12 +27,12 @@ OUT_OF_REACH = {
     ),
     "arcee_fusion of tensors above 1,000,000 elements": "its quantiles are those of a random sample",
     "a peer on several threads": (
-        "torch cuts a sum over more than 32,768 elements by their number, and rounds otherwise; kittybuild makes what the"
-        " peer makes on one"
+        "torch cuts a sum over more than 32,768 elements by their number, and rounds otherwise; kittybuild makes what"
+        " the peer makes on one"
     ),
     "an order of models other than the text's": (
-        "that of a Python set, which the peer's hash seed decides (multislerp and sce of mergekit 0.1.4, vocabularies of"
-        " mergekitty)"
+        "that of a Python set, which the peer's hash seed decides (multislerp and sce of mergekit 0.1.4, vocabularies"
+        " of mergekitty)"
     ),
     "vocabularies of models of several dtypes in mergekitty": "their dtype is that of one of them, by the same order",
     "sce of mergekit 0.1.4 where nothing varies": (
