@@ -9,13 +9,14 @@ from kittybuild.builders.base import Builders
 from kittybuild.errors import KittybuildError
 from kittybuild.model.derivation import Derivation, Input, Step
 from kittybuild.model.recipe import MergeStage
-from kittybuild.planner.config import with_layers
+from kittybuild.planner.config import LayerOrigin, with_layers
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin, PartParams
 from kittybuild.planner.merge_report import MergeReport
-from kittybuild.planner.names import is_vocabulary, natural, stacks
+from kittybuild.planner.names import is_vocabulary, natural
 from kittybuild.planner.parts import Findings, Part, Row, Views, fits, parts_of, rows_of
 from kittybuild.planner.peers import Fitted, rules_of
+from kittybuild.planner.towers import sliced
 from kittybuild.tensors import Shape, TensorSpec
 
 
@@ -66,17 +67,23 @@ class MergeLowering:
         donor = self.donor
         if donor.config is None or not self.stage.slices:
             return donor.config
-        counts = stacks(donor.tensors)
-        layers = [layer for part in self.stage.slices for layer in range(*(part.sources[0].layers or (0, 0)))]
-        if len(counts) != 1:
+        found = sliced(donor.tensors, donor.config)
+        if len(found) != 1:
             return donor.config
-        old = next(iter(counts.values()))
-        changed = with_layers(donor.config, old, layers)
-        if changed == donor.config and len(layers) != old:
+        origins = [
+            LayerOrigin(part.views[0].config or donor.config, part.tower, layer)
+            for part in self.parts
+            for layer in range(*(part.sources[0].layers or (0, 0)))
+        ]
+        changed, doubts = with_layers(donor.config, found[0], origins)
+        if not found[0].keys and len(origins) != found[0].count:
             self.notes.append(
-                f"{self.stage.at}: the config.json of {donor.label} names no number of {old} layers that"
-                f" could become {len(layers)}: change it by hand"
+                f"{self.stage.at}: the config.json of {donor.label} names no number of {found[0].count} layers that"
+                f" could become {len(origins)}: change it by hand"
             )
+        for key in doubts:
+            message = f"{key!r} in the config.json of {donor.label} cannot say which layers these are: look at it"
+            self.notes.append(f"{self.stage.at}: {message}")
         return changed
 
     def _step(self, row: Row) -> Step | None:

@@ -15,6 +15,7 @@ from kittybuild.model.method import Method
 from kittybuild.model.recipe import MergeStage, ModelRef, ModelUse, Slice
 from kittybuild.planner.names import before_layers, layer_of, stacks
 from kittybuild.planner.peers import Rules
+from kittybuild.planner.towers import Tower, sliced
 from kittybuild.planner.views import View
 
 Views = Callable[[ModelRef], View]
@@ -49,6 +50,11 @@ class Part:
     def sources(self) -> tuple[ModelUse, ...]:
         """The models in it."""
         return self.slice.sources
+
+    @functools.cached_property
+    def tower(self) -> Tower:
+        """What its first model is sliced from, which it has."""
+        return sliced(self.views[0].tensors, self.views[0].config)[0]
 
     @functools.cached_property
     def starts(self) -> tuple[int, ...]:
@@ -178,13 +184,13 @@ def _outside(name: str, rules: Rules) -> float:
 
 
 def _sliced(parts: tuple[Part, ...], rules: Rules, findings: Findings) -> Iterator[Row]:
-    _outer_fit(parts[0].views[0], parts[-1].views[0], findings)
+    _outer_fit(parts[0], parts[-1], findings)
     total = 0
     for number, part in enumerate(parts):
-        lead, spans = part.views[0], [use.layers or (0, 0) for use in part.sources]
+        lead, tower, spans = part.views[0], part.tower, [use.layers or (0, 0) for use in part.sources]
         first, count = spans[0], spans[0][1] - spans[0][0]
         for name in lead.tensors:
-            layer = layer_of(name)
+            layer = tower.layer(name)
             if layer is None:
                 if number == (0 if before_layers(name) else len(parts) - 1):
                     yield Row(name, part, (name,) * len(spans), None, None, _outside(name, rules), lead)
@@ -193,22 +199,23 @@ def _sliced(parts: tuple[Part, ...], rules: Rules, findings: Findings) -> Iterat
                 names = tuple(layer.at(start + j) for start, _ in spans)
                 yield Row(layer.at(total + j), part, names, total + j, j, _position(j, count), lead)
         for view, span in zip(part.views[1:], spans[1:], strict=True):
-            _extra(lead, first, view, span, findings)
+            _extra(part, first, view, span, findings)
         total += count
 
 
-def _outer_fit(first: View, last: View, findings: Findings) -> None:
+def _outer_fit(first: Part, last: Part, findings: Findings) -> None:
     """What stands before the layers comes from the first slice and the rest from the last: neither may be lost."""
     for lacking, having in ((first, last), (last, first)):
-        for name in having.tensors:
-            if layer_of(name) is None and name not in lacking.tensors:
-                findings.lacks(lacking, having, name)
+        for name in having.views[0].tensors:
+            if having.tower.layer(name) is None and name not in lacking.views[0].tensors:
+                findings.lacks(lacking.views[0], having.views[0], name)
 
 
-def _extra(lead: View, first: tuple[int, int], view: View, span: tuple[int, int], findings: Findings) -> None:
+def _extra(part: Part, first: tuple[int, int], view: View, span: tuple[int, int], findings: Findings) -> None:
     """Tensors of a source's layers that the first source of the slice lacks."""
+    lead = part.views[0]
     for name in view.tensors:
-        layer = layer_of(name)
+        layer = part.tower.layer(name)
         if layer is None or not span[0] <= layer.index < span[1]:
             continue
         wanted = layer.at(first[0] + layer.index - span[0])
@@ -217,20 +224,19 @@ def _extra(lead: View, first: tuple[int, int], view: View, span: tuple[int, int]
 
 
 def _range_fits(use: ModelUse, view: View, findings: Findings) -> bool:
-    counts = stacks(view.tensors)
-    if len(counts) != 1:
-        found = ", ".join(counts) or "none"
-        hint = "merge such models whole, with `models:`"
-        findings.fail(
-            "KB304", f"{use.model} has {len(counts)} stacks of layers ({found}): which is sliced?", use.at, hint
-        )
+    found = sliced(view.tensors, view.config)
+    if len(found) != 1:
+        names = ", ".join(tower.label for tower in found) or "none"
+        hint = "give each its own slices under `modules:`" if found else "merge such models whole, with `models:`"
+        message = f"{use.model} has {len(found)} stacks of layers ({names}): which is sliced?"
+        findings.fail("KB304", message, use.at, hint)
         return False
-    count = next(iter(counts.values()))
-    if use.layers and use.layers[1] > count:
+    (tower,) = found
+    if use.layers and use.layers[1] > tower.count:
         hint = "layers count from 0, and the end is not taken"
-        findings.fail("KB303", f"{use.model} has the layers [0, {count}), not {list(use.layers)}", use.at, hint)
+        findings.fail("KB303", f"{use.model} has the layers [0, {tower.count}), not {list(use.layers)}", use.at, hint)
         return False
-    there = {layer.index for name in view.tensors if (layer := layer_of(name))}
+    there = {layer.index for name in view.tensors if (layer := tower.layer(name))}
     if gaps := [index for index in range(*(use.layers or (0, 0))) if index not in there]:
         hint = "its tensors tell which layers it has"
         findings.fail("KB303", f"{use.model} has no tensor of layer {gaps[0]}", use.at, hint)
