@@ -19,8 +19,9 @@ _NOT_BY_LAYER = re.compile(
 )
 _INDICES = re.compile(r"(layers|idxs?|indices|indexes|layer_ids)$")
 _ALWAYS_INDICES = re.compile(r"(mlp_only_layers|moe_layers|cross_attention_layers|idxs?|indices|indexes|layer_ids)$")
-_LEADING = frozenset({"first_k_dense_replace", "num_dense_layers", "max_window_layers"})
+_LEADING = frozenset({"first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index"})
 _TRAILING = frozenset({"num_kv_shared_layers"})
+_LAST = frozenset({"moe_layer_end_index"})
 _PERIODIC = re.compile(
     r"(.*_(period|interval)|.*every_n.*|sliding_window_pattern|decoder_sparse_step|moe_layer_freq|interleave_moe_layer_step)"
 )
@@ -78,6 +79,8 @@ class _Change:
             return self._extra()
         if key in _LEADING and value <= old:
             return self._leading(key, [origin.layer < value for origin in self.origins])
+        if key in _LAST and 0 <= value < old:
+            return self._leading(key, [origin.layer <= value for origin in self.origins]) - 1
         if key in _TRAILING:
             return self._leading(key, [origin.layer >= old - value for origin in reversed(self.origins)])
         if _PERIODIC.fullmatch(key) and value > 1:

@@ -20,6 +20,7 @@ EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 _WORD = re.compile(r"[a-z]+")
 _VISION = frozenset({"vision", "visual", "image", "video", "vit", "pixel", "sam", "siglip"})
 _AUDIO = frozenset({"audio", "speech", "sound", "acoustic", "codec", "mimi"})
+_BRIDGE = frozenset({"perceiver", "resampler", "connector", "projector", "qformer"})
 _COUNTED = frozenset({"layer", "layers", "block", "blocks", "depth"})
 _COUNTING = frozenset({"num", "n", "hidden", "encoder", "decoder", "transformer", *_COUNTED})
 
@@ -48,9 +49,10 @@ class Tower:
 
 
 def kind_of(text: str) -> str:
-    """What a part of a model is for, as the words of its name tell: vision, audio, or text."""
+    """What a part of a model is for, as the words of its name tell: a bridge between two, vision, audio, or text."""
     words = set(_WORD.findall(text.lower()))
-    return "vision" if words & _VISION else "audio" if words & _AUDIO else "text"
+    kinds = {"bridge": _BRIDGE, "vision": _VISION, "audio": _AUDIO}
+    return next((kind for kind, known in kinds.items() if words & known), "text")
 
 
 def side_of(text: str) -> str | None:
@@ -95,7 +97,7 @@ def sliced(names: Iterable[str], config: Mapping[str, Any] | None) -> tuple[Towe
 def is_count(key: str) -> bool:
     """Whether a key of a config is a number of layers: `num_hidden_layers`, `n_layer`, `decoder_layers`, `depth`."""
     words = key.lower().split("_")
-    return key == "depth" or (len(words) > 1 and words[-1] in _COUNTED and set(words) <= _COUNTING)
+    return key in ("depth", "layers") or (len(words) > 1 and words[-1] in _COUNTED and set(words) <= _COUNTING)
 
 
 def counts_in(config: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, int, int]]:
