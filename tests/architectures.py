@@ -31,7 +31,8 @@ SIZES: dict[str, Any] = {
     "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "ffn_dim": 48, "word_embed_proj_dim": 32, "n_heads": 4,
     "embedding_size": 32, "dim": 32, "hidden_dim": 48, "emb_dim": 32,
-    "max_target_positions": 64, "max_source_positions": 32, "num_mel_bins": 8, "feed_forward_proj_dim": 48, "type_vocab_size": 2,
+    "max_target_positions": 64, "max_source_positions": 32, "num_mel_bins": 8,
+    "feed_forward_proj_dim": 48, "type_vocab_size": 2,
     # experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_num_experts": 4,
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
@@ -41,7 +42,8 @@ SIZES: dict[str, Any] = {
     # state spaces
     "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "n_groups": 1,
     "mamba_expand": 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
-    "chunk_size": 8, "mamba_chunk_size": 8, "mamba_dt_rank": 4, "time_step_rank": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "chunk_size": 8, "mamba_chunk_size": 8,
+    "mamba_dt_rank": 4, "time_step_rank": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "lru_width": 32, "attention_window_size": 16,
     # images
     "image_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 32, "out_hidden_size": 32, "num_channels": 3,
