@@ -348,8 +348,9 @@ def _run(
         store.put_manifest(manifests[name])
     lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))
-    for name, manifest in manifests.items():
-        store.set_shortcut(prepared.keys[name], manifest.digest)
+    for name, key in prepared.keys.items():
+        if name in manifests:  # of a stage of which nothing was needed there is none
+            store.set_shortcut(key, manifests[name].digest)
     store.drop_salvaged()
     moved = Moved(amounts.read, amounts.written, amounts.workers, fetched)
     return manifests, lock, results, moved, known.plan.notes

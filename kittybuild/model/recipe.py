@@ -117,11 +117,16 @@ class SourceDecl:
 
 @dataclass(frozen=True)
 class ModelUse:
-    """A model in a merge: all its layers, or the half-open range `layers`, with its own parameters."""
+    """A model in a merge: all its layers, or the half-open range `layers`, with its own parameters.
+
+    Of the names of its tensors that begin with `strip`, `add` takes the place of that.
+    """
 
     model: ModelRef
     layers: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
+    strip: str = ""
+    add: str = ""
     at: At = field(default=NOWHERE, compare=False)
 
 
@@ -140,6 +145,7 @@ class Slice:
 class MergeStage:
     """A merge, as a mergekit configuration says it: `models` (whole) or `slices` (layer ranges).
 
+    `ignore`: the tensors that are left out of all models. `take`: where tensors that no other model has come from.
     `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity in the output are no error.
     """
 
@@ -149,6 +155,8 @@ class MergeStage:
     slices: tuple[Slice, ...] = ()
     base: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
+    ignore: tuple[Filtered, ...] = ()
+    take: Literal["base"] | None = None
     dtype: DType | None = None
     out_dtype: DType | None = None
     numerics: str = KITTY_1
@@ -159,9 +167,12 @@ class MergeStage:
 
     def references(self) -> tuple[ModelRef, ...]:
         """Every model it names, in the order of the text, each once."""
-        uses = self.models or tuple(use for part in self.slices for use in part.sources)
         bases = (self.base, *(part.base for part in self.slices))
-        return tuple(dict.fromkeys([use.model for use in uses] + [base for base in bases if base]))
+        return tuple(dict.fromkeys([use.model for use in self.uses()] + [base for base in bases if base]))
+
+    def uses(self) -> tuple[ModelUse, ...]:
+        """Every entry of a model, in the order of the text."""
+        return self.models or tuple(use for part in self.slices for use in part.sources)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,9 @@ class _Lowering:
             return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
-            merge = MergeLowering(stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine)
+            merge = MergeLowering(
+                stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine, self.derive
+            )
             self.merges[stage.name] = merge
             steps, donor = merge.steps(), merge.donor
             config = merge.config() if len(self.problems) == before else None
@@ -167,6 +169,12 @@ class _Lowering:
         )
         tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
         self.views[stage.name] = View(stage.name, tensors, donor.donor, config)
+
+    def derive(self, label: str, model: View, made: Mapping[str, Derivation]) -> Mapping[str, Input]:
+        """Tensors that are made of a model's, in a stage of their own that nothing keeps."""
+        if label not in self.done:
+            self.done[label] = StagePlan(label, "layout", made, model.donor, model.config, keep=False)
+        return {name: StageTensor(label, name, drv.spec) for name, drv in made.items()}
 
     def _break(self, stage: Stage) -> None:
         self.broken.add(stage.name)

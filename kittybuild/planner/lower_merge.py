@@ -10,13 +10,16 @@ from kittybuild.errors import KittybuildError
 from kittybuild.model.derivation import Derivation, Input, Step
 from kittybuild.model.recipe import MergeStage
 from kittybuild.planner.config import LayerOrigin, with_layers
+from kittybuild.planner.fitting import Derive, Fitting
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin, PartParams
-from kittybuild.planner.merge_report import MergeReport
+from kittybuild.planner.merge_report import MergeReport, counted
 from kittybuild.planner.names import is_vocabulary, natural
 from kittybuild.planner.parts import Findings, Part, Row, Views, fits, parts_of, rows_of
 from kittybuild.planner.peers import Fitted, rules_of
+from kittybuild.planner.same import is_computed
 from kittybuild.planner.towers import sliced
+from kittybuild.planner.views import View
 from kittybuild.tensors import Shape, TensorSpec
 
 
@@ -34,15 +37,17 @@ class MergeLowering:
         problems: list[KittybuildError],
         seed: int,
         machine: Machine | None = None,
+        derive: Derive | None = None,
     ) -> None:
         self.stage, self.builders, self.seed, self.machine = stage, builders, seed, machine
         self.findings = Findings(problems)
+        self.fitting = Fitting(stage, views, builders, self.findings, derive)
         self.notes = self.findings.notes
         self.rules = rules_of(stage.numerics)
-        self.parts = parts_of(stage, views, builders)
+        self.parts = parts_of(stage, self.fitting.of, builders)
         self._numerics = {id(part): self._class(part) for part in self.parts}
         self.params = {id(part): PartParams(stage, part, self.rules, self.findings) for part in self.parts}
-        self.donor = views(stage.base) if stage.base else self.parts[0].views[0]
+        self.donor = views(stage.base) if stage.base else views(self.parts[0].sources[0].model)
         self.report = MergeReport(stage, self.parts, self.params, self.rules, self.findings)
         self.rows: list[Row] = []
 
@@ -54,6 +59,9 @@ class MergeLowering:
             return {}
         self.rows = rows
         found = {row.name: step for row in self.rows if (step := self._step(row)) is not None}
+        if self.stage.take:
+            found |= self._rest(found)
+        self.fitting.finish()
         self.report.finish(self.rows)
         return {name: found[name] for name in sorted(found, key=natural)}
 
@@ -86,15 +94,49 @@ class MergeLowering:
             self.notes.append(f"{self.stage.at}: {message}")
         return changed
 
+    def _rest(self, found: Mapping[str, Step]) -> dict[str, Step]:
+        """The base's tensors that no other model has; what it lacks has no place in its config."""
+        base = self.fitting.reference
+        tower = self.parts[0].tower if self.stage.slices else None
+        for name, step in found.items():
+            layer = tower.layer(name) if tower else None
+            if name not in base.tensors and not layer:
+                lead = next(row.lead for row in self.rows if row.name == name)
+                self.findings.lacks(base, lead, name)
+            elif not layer and step.spec.shape != base.tensors[name].spec.shape:
+                self.report.shapes[name] = {base.label: base.tensors[name].spec, "the merge": step.spec}
+        named = {name for part in self.parts for view in part.views if view is not base for name in view.tensors}
+        rest = [name for name in base.tensors if name not in named and not (tower and tower.layer(name))]
+        self.notes.append(f"{self.stage.at}: taken from {base.label} as it is: {counted(len(rest), 'tensor')}")
+        return {name: self._taken(base.tensors[name]) for name in rest}
+
+    def _taken(self, given: Input) -> Step:
+        """A tensor that is not merged, in the dtype of the output."""
+        output = self.stage.out_dtype or self.stage.dtype
+        if output is None or not given.spec.dtype.is_float or given.spec.dtype is output:
+            return given
+        return self._plain("cast", (given,), given.spec.with_dtype(output))
+
+    def _lacking(self, row: Row, views: list[View]) -> Step | None:
+        """The step of a row that some models lack: none, if that is an error."""
+        name, lead = row.names[row.part.views.index(row.lead)], row.lead
+        given = lead.tensors.get(name)
+        if given and is_computed(name, given.spec):
+            self.findings.computed.setdefault((views[0].label, lead.label), []).append(name)
+            return self._taken(given)
+        others = [view for view in row.part.views if view is not lead]
+        if self.stage.take and lead is self.fitting.reference and others == views:
+            return None  # it is among the rest of the base
+        for view in views:
+            self.findings.lacks(view, lead, row.names[row.part.views.index(view)])
+        return None
+
     def _step(self, row: Row) -> Step | None:
-        part, inputs = row.part, []
-        for view, name in zip(part.views, row.names, strict=True):
-            if found := view.tensors.get(name):
-                inputs.append(found)
-            else:
-                self.findings.lacks(view, row.lead, name)
+        part = row.part
+        inputs = [found for view, name in zip(part.views, row.names, strict=True) if (found := view.tensors.get(name))]
         if len(inputs) < len(row.names):
-            return None
+            both = zip(part.views, row.names, strict=True)
+            return self._lacking(row, [view for view, name in both if name not in view.tensors])
         specs = [given.spec for given in inputs]
         first = specs[0]
         fitted = (first.shape, part.everything) if all(spec == first for spec in specs) else self._fitted(row, specs)

@@ -15,6 +15,7 @@ from kittybuild.model.method import Method
 from kittybuild.model.recipe import MergeStage, ModelRef, ModelUse, Slice
 from kittybuild.planner.names import before_layers, layer_of, stacks
 from kittybuild.planner.peers import Rules
+from kittybuild.planner.same import is_computed
 from kittybuild.planner.towers import Tower, sliced
 from kittybuild.planner.views import View
 
@@ -91,22 +92,33 @@ class Findings:
     problems: list[KittybuildError]
     notes: list[str] = field(default_factory=list)
     missing: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    computed: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    lacking: dict[str, View] = field(default_factory=dict)
 
     def fail(self, code: str, message: str, at: object, hint: str | None = None) -> None:
         """Note a problem and go on."""
         self.problems.append(PlanError(code, message, at=str(at), hint=hint))
 
     def lacks(self, lacking: View, having: View, name: str) -> None:
-        """Note a tensor that only one of two models has."""
+        """Note a tensor that only one of two models has; one that is computed is no loss."""
+        if name in having.tensors and is_computed(name, having.tensors[name].spec):
+            self.computed.setdefault((lacking.label, having.label), []).append(name)
+            return
+        self.lacking[lacking.label] = lacking
         self.missing.setdefault((lacking.label, having.label), []).append(name)
 
 
-def parts_of(stage: MergeStage, views: Views, builders: Builders) -> tuple[Part, ...]:
-    """The slices; `models` are one slice of all layers, to which mergekit appends a base that is not among them."""
+def parts_of(stage: MergeStage, shown: Callable[[ModelUse], View], builders: Builders) -> tuple[Part, ...]:
+    """The slices; `models` are one slice of all layers, to which mergekit appends a base that is not among them.
+
+    With `take: base` a base that would be one model among others gives the rest, and no more.
+    """
     slices = stage.slices
     if not slices:
         uses = stage.models
-        if stage.base and stage.base not in [use.model for use in uses]:
+        builder = builders.get(stage.method, stage.numerics)
+        apart = stage.take and builder and builder.method and builder.method.base == "ordinary"
+        if stage.base and stage.base not in [use.model for use in uses] and not apart:
             uses = (*uses, ModelUse(stage.base, at=stage.base.at))
         slices = (Slice(uses, at=stage.at),)
     found = []
@@ -118,7 +130,7 @@ def parts_of(stage: MergeStage, views: Views, builders: Builders) -> tuple[Part,
         base = part.base or stage.base
         anchor = refs.index(base) if base in refs else None
         on_differences = builder.method.base != "ordinary"
-        seen = tuple(map(views, refs))
+        seen = tuple(map(shown, part.sources))
         found.append(Part(part, builder, builder.method, seen, anchor, anchor if on_differences else None))
     return tuple(found)
 

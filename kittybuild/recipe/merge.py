@@ -84,7 +84,21 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
         if part and own:
             _base_parameters(own, part.sources, part.base or base, scope)
     slices = tuple(part for part in parts if part)
-    return MergeStage("", method.name, tuple(models), slices, base, parameters, numerics=scope.numerics)
+    ignore = tuple(entry for index, text in enumerate(form.ignore) if (entry := _ignored(text, index, scope)))
+    if form.take and not base and "base_model" not in scope.left_out:
+        scope.fail("KB103", "'take: base' needs a base_model", scope.at("take"), "add `base_model: NAME`")
+    rest: dict[str, Any] = {"ignore": ignore, "take": form.take, "numerics": scope.numerics}
+    return MergeStage("", method.name, tuple(models), slices, base, parameters, **rest)
+
+
+def _ignored(text: str, index: int, scope: Scope) -> Filtered | None:
+    """A pattern of `ignore`, which is written as a filter is."""
+    at = scope.at("ignore", index)
+    try:
+        return parse_entry({"value": True, "filter": text}, at)
+    except ValueError as error:
+        scope.fail("KB106", f"'ignore' cannot be read: {error}", at)
+        return None
 
 
 def _slice_method(item: SliceText, index: int, method: Method | None, scope: Scope) -> Method | None:
@@ -145,7 +159,7 @@ def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> Mo
         scope.fail("KB113", f"layer_range {layers} holds no layer", scope.at(*path, "layer_range"), hint)
         return None
     span = (layers[0], layers[1]) if layers else None
-    return ModelUse(model, span, parameters, scope.at(*path)) if model else None
+    return ModelUse(model, span, parameters, item.strip, item.add, scope.at(*path)) if model else None
 
 
 def _slice(item: SliceText, scope: Scope, method: Method | None, index: int) -> Slice | None:

@@ -28,6 +28,8 @@ class ModelText(_Text):
 
     model: ReferenceText
     parameters: dict[str, Any] | None = None
+    strip: StrictStr = ""
+    add: StrictStr = ""
 
 
 class SliceSourceText(_Text):
@@ -36,6 +38,8 @@ class SliceSourceText(_Text):
     model: ReferenceText
     layer_range: LayerRange
     parameters: dict[str, Any] | None = None
+    strip: StrictStr = ""
+    add: StrictStr = ""
 
 
 class SliceText(_Text):
@@ -67,6 +71,8 @@ class MergeText(_StageText):
     modules: dict[str, Any] | None = None
     base_model: ReferenceText | None = None
     parameters: dict[str, Any] | None = None
+    ignore: list[Words] = Field(default_factory=list)
+    take: Literal["base"] | None = None
     tokenizer_source: Any = None
     tokenizer: Any = None
     chat_template: StrictStr | None = None
@@ -217,6 +223,8 @@ def _wanted(loc: Path, errors: list[Any]) -> str:
         return REFERENCES
     if kinds == {"string_type", "int_type"}:
         return "a size such as 500MB or 4GB"
+    if loc == ("take",):
+        return "`take: base`, or leave it out"
     if loc[-1] == "layer_range":
         return "[start, end): the first layer and the one behind the last"
     if "too_short" in kinds:
