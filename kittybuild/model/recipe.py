@@ -142,8 +142,19 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Module:
+    """A part of a model that is merged by itself, as a stage would be: `models` or `slices`."""
+
+    name: str
+    models: tuple[ModelUse, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: Parameters = field(default_factory=dict)
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
 class MergeStage:
-    """A merge, as a mergekit configuration says it: `models` (whole) or `slices` (layer ranges).
+    """A merge, as a mergekit configuration says it: `models` (whole), `slices` (layer ranges) or `modules`.
 
     `ignore`: the tensors that are left out of all models. `take`: where tensors that no other model has come from.
     `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity in the output are no error.
@@ -155,6 +166,7 @@ class MergeStage:
     slices: tuple[Slice, ...] = ()
     base: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
+    modules: tuple[Module, ...] = ()
     ignore: tuple[Filtered, ...] = ()
     take: Literal["base"] | None = None
     dtype: DType | None = None
@@ -167,12 +179,15 @@ class MergeStage:
 
     def references(self) -> tuple[ModelRef, ...]:
         """Every model it names, in the order of the text, each once."""
-        bases = (self.base, *(part.base for part in self.slices))
+        slices = (*self.slices, *(part for module in self.modules for part in module.slices))
+        bases = (self.base, *(part.base for part in slices))
         return tuple(dict.fromkeys([use.model for use in self.uses()] + [base for base in bases if base]))
 
     def uses(self) -> tuple[ModelUse, ...]:
         """Every entry of a model, in the order of the text."""
-        return self.models or tuple(use for part in self.slices for use in part.sources)
+        parts: tuple[MergeStage | Module, ...] = (self, *self.modules)
+        sliced = (use for part in parts for one in part.slices for use in one.sources)
+        return (*(use for part in parts for use in part.models), *sliced)
 
 
 @dataclass(frozen=True, slots=True)

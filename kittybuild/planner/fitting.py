@@ -24,13 +24,22 @@ Derive = Callable[[str, View, Mapping[str, Derivation]], Mapping[str, Input]]
 
 
 class Fitting:
-    """The models of one merge. `reference`: the one whose names and layout count: the base, else the first."""
+    """The models of one merge. `reference`: the one whose names and layout count: the base, else the first.
+
+    `only`: the names that a module has.
+    """
 
     def __init__(
-        self, stage: MergeStage, views: Views, builders: Builders, findings: Findings, derive: Derive | None
+        self,
+        stage: MergeStage,
+        views: Views,
+        builders: Builders,
+        findings: Findings,
+        derive: Derive | None,
+        only: Callable[[str], bool] | None = None,
     ) -> None:
         self.stage, self.views, self.builders = stage, views, builders
-        self.findings, self.derive = findings, derive
+        self.findings, self.derive, self.only = findings, derive, only
         self._ignored = [(item, taker(item)) for item in stage.ignore]
         self._used: set[int] = set()
         self._seen: dict[tuple[str, str, str], View] = {}
@@ -62,8 +71,10 @@ class Fitting:
                 hint = "take names that no other tensor of the model has"
                 self.findings.fail("KB313", f"two tensors of {view.label} would be called {new}", use.at, hint)
             tensors[new] = given
-        if (use.strip or use.add) and tensors.keys() == view.tensors.keys():
+        if use.strip and tensors.keys() == view.tensors.keys():
             self.findings.notes.append(f"{use.at}: no tensor of {view.label} begins with {use.strip!r}")
+        if self.only:
+            tensors = {name: given for name, given in tensors.items() if self.only(name)}
         return replace(view, tensors=self._kept(view.label, tensors))
 
     def _kept(self, label: str, tensors: dict[str, Input]) -> dict[str, Input]:

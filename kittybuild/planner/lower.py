@@ -15,6 +15,7 @@ from kittybuild.planner.lower_lora import lower_lora
 from kittybuild.planner.lower_merge import MergeLowering
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin
+from kittybuild.planner.modules import ModulesLowering
 from kittybuild.planner.views import Sources, View, need_adapter
 from kittybuild.tensors import DType
 
@@ -96,7 +97,7 @@ class _Lowering:
         self.recipe, self.sources, self.builders, self.machine = recipe, sources, builders, machine
         self.problems: list[KittybuildError] = []
         self.done: dict[str, StagePlan] = {}
-        self.merges: dict[str, MergeLowering] = {}
+        self.merges: dict[str, MergeLowering | ModulesLowering] = {}
         self.views: dict[str, View] = {}
         self.broken: set[str] = set()
         self.notes: list[str] = []
@@ -142,7 +143,8 @@ class _Lowering:
             return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
-            merge = MergeLowering(
+            lowering = ModulesLowering if stage.modules else MergeLowering
+            merge = lowering(
                 stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine, self.derive
             )
             self.merges[stage.name] = merge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kittybuild.builders.base import Builders
@@ -38,10 +38,11 @@ class MergeLowering:
         seed: int,
         machine: Machine | None = None,
         derive: Derive | None = None,
+        only: Callable[[str], bool] | None = None,
     ) -> None:
         self.stage, self.builders, self.seed, self.machine = stage, builders, seed, machine
         self.findings = Findings(problems)
-        self.fitting = Fitting(stage, views, builders, self.findings, derive)
+        self.fitting = Fitting(stage, views, builders, self.findings, derive, only)
         self.notes = self.findings.notes
         self.rules = rules_of(stage.numerics)
         self.parts = parts_of(stage, self.fitting.of, builders)
@@ -70,20 +71,20 @@ class MergeLowering:
         row = next((row for row in self.rows if row.name == tensor), None)
         return self.params[id(row.part)].origins(row) if row else ()
 
-    def config(self) -> Mapping[str, Any] | None:
-        """The donor's config.json as this merge changes it."""
-        donor = self.donor
-        if donor.config is None or not self.stage.slices:
-            return donor.config
-        found = sliced(donor.tensors, donor.config)
+    def config(self, given: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+        """The donor's config.json (`given`: as other modules changed it) as this merge changes it."""
+        donor, given = self.donor, given or self.donor.config
+        if donor.config is None or given is None or not self.stage.slices:
+            return given
+        found = sliced(self.fitting.reference.tensors, donor.config)
         if len(found) != 1:
-            return donor.config
+            return given
         origins = [
             LayerOrigin(part.views[0].config or donor.config, part.tower, layer)
             for part in self.parts
             for layer in range(*(part.sources[0].layers or (0, 0)))
         ]
-        changed, doubts = with_layers(donor.config, found[0], origins)
+        changed, doubts = with_layers(given, found[0], origins)
         if not found[0].keys and len(origins) != found[0].count:
             self.notes.append(
                 f"{self.stage.at}: the config.json of {donor.label} names no number of {found[0].count} layers that"
@@ -108,9 +109,9 @@ class MergeLowering:
         named = {name for part in self.parts for view in part.views if view is not base for name in view.tensors}
         rest = [name for name in base.tensors if name not in named and not (tower and tower.layer(name))]
         self.notes.append(f"{self.stage.at}: taken from {base.label} as it is: {counted(len(rest), 'tensor')}")
-        return {name: self._taken(base.tensors[name]) for name in rest}
+        return {name: self.taken(base.tensors[name]) for name in rest}
 
-    def _taken(self, given: Input) -> Step:
+    def taken(self, given: Input) -> Step:
         """A tensor that is not merged, in the dtype of the output."""
         output = self.stage.out_dtype or self.stage.dtype
         if output is None or not given.spec.dtype.is_float or given.spec.dtype is output:
@@ -123,7 +124,7 @@ class MergeLowering:
         given = lead.tensors.get(name)
         if given and is_computed(name, given.spec):
             self.findings.computed.setdefault((views[0].label, lead.label), []).append(name)
-            return self._taken(given)
+            return self.taken(given)
         others = [view for view in row.part.views if view is not lead]
         if self.stage.take and lead is self.fitting.reference and others == views:
             return None  # it is among the rest of the base

@@ -72,10 +72,9 @@ def towers(names: Iterable[str], config: Mapping[str, Any] | None) -> tuple[Towe
     for stack, found in indices.items():  # at the top, stacks side by side are parts of their own
         groups.setdefault((stack.rpartition(".")[0] or stack, max(found) + 1), []).append(stack)
     counts = list(counts_in(config or {}))
-    sides = {side_of(stack) for stack in indices}
     made = []
     for (_, count), group in groups.items():
-        body, keys = _counted(group[0], count, counts, both={"encoder", "decoder"} <= sides)
+        body, keys = _counted(group[0], count, counts)
         made.append(Tower(tuple(group), count, body, keys, sum(sizes[stack] for stack in group)))
     return tuple(made)
 
@@ -110,10 +109,8 @@ def counts_in(config: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[
             yield (*above, key), value, extra
 
 
-def _counted(
-    stack: str, count: int, counts: list[tuple[KeyPath, int, int]], *, both: bool
-) -> tuple[int, tuple[KeyPath, ...]]:
-    """How many layers of a stack the config counts, and where. `both`: the model has an encoder and a decoder."""
+def _counted(stack: str, count: int, counts: list[tuple[KeyPath, int, int]]) -> tuple[int, tuple[KeyPath, ...]]:
+    """How many layers of a stack the config counts, and where."""
     fitting = [
         (path, number)
         for path, number, extra in counts
@@ -123,7 +120,7 @@ def _counted(
     if side:  # a key without a side counts the encoder, where there are both: T5's and BART's do
         own = [place for place in fitting if _side(place[0]) == side]
         plain = [place for place in fitting if _side(place[0]) is None]
-        fitting = own if own and (both and side == "decoder") else own + plain
+        fitting = own if own and side == "decoder" else own + plain
     elif any(_side(path) is None for path, _ in fitting):
         fitting = [place for place in fitting if _side(place[0]) is None]
     body = fitting[0][1] if fitting else count

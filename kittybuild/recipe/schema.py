@@ -52,6 +52,14 @@ class SliceText(_Text):
     residual_weight: float | None = None
 
 
+class ModuleText(_Text):
+    """`modules.NAME`."""
+
+    models: list[ModelText] | None = None
+    slices: list[SliceText] | None = None
+    parameters: dict[str, Any] | None = None
+
+
 class _StageText(_Text):
     dtype: StrictStr | None = None
     out_dtype: StrictStr | None = None
@@ -68,7 +76,7 @@ class MergeText(_StageText):
     numerics: StrictStr | None = None
     models: list[ModelText] | None = None
     slices: list[SliceText] | None = None
-    modules: dict[str, Any] | None = None
+    modules: dict[Words, ModuleText] | None = None
     base_model: ReferenceText | None = None
     parameters: dict[str, Any] | None = None
     ignore: list[Words] = Field(default_factory=list)

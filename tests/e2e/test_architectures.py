@@ -32,20 +32,22 @@ def build(folder: Path, recipe: dict[str, object], out: str) -> Path:
     return folder / out
 
 
-def stacked(architecture: Architecture) -> dict[str, object]:
-    """A recipe of slices of both siblings in turn."""
+def stacked(architecture: Architecture, stacks: tuple[Tower, ...]) -> dict[str, object]:
+    """A recipe of slices of both siblings in turn, of each of two stacks; the rest is that of `a`."""
     sources = [
         {"sources": [{"model": "ab"[number % 2], "layer_range": list(span)}]}
         for number, span in enumerate(architecture.slices)
     ]
-    return {"merge_method": "passthrough", "slices": sources}
+    if len(stacks) == 1:
+        return {"merge_method": "passthrough", "slices": sources}
+    modules = {tower.label: {"slices": sources} for tower in stacks}
+    return {"merge_method": "passthrough", "base_model": "a", "modules": modules, "take": "base"}
 
 
-def tower_of(folder: Path) -> Tower | None:
-    """What the model in a folder is sliced from, if that is clear."""
+def towers_of(folder: Path) -> tuple[Tower, ...]:
+    """What the model in a folder is sliced from: one stack, or an encoder and a decoder."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = sliced(load_tensors(folder), config)
-    return found[0] if len(found) == 1 else None
+    return sliced(load_tensors(folder), config)
 
 
 def check_mean(folder: Path, out: Path) -> int:
@@ -87,14 +89,15 @@ def test_siblings_are_merged_stacked_and_load(architecture: Architecture, tmp_pa
     soup = build(tmp_path, LINEAR, "soup")
     count = check_mean(tmp_path, soup)
     assert loaded(architecture, soup)[1] == {}
-    tower = tower_of(tmp_path / "a")
-    told = "with `modules`" if tower is None else "no: one layer, used again and again"
-    if tower and architecture.slices:
-        tall = build(tmp_path, stacked(architecture), "tall")
-        check_layers(tmp_path, tall, architecture, tower)
+    stacks = towers_of(tmp_path / "a")
+    told = "no: one layer, used again and again"
+    if architecture.slices:
+        tall = build(tmp_path, stacked(architecture, stacks), "tall")
+        for tower in stacks:
+            check_layers(tmp_path, tall, architecture, tower)
         assert loaded(architecture, tall)[1] == {}
         layers = sum(end - start for start, end in architecture.slices)
-        told = f"`{tower.label}` {tower.count} → {layers}"
+        told = ", ".join(f"`{tower.label}` {tower.count} → {layers}" for tower in stacks)
     row = f"| `{architecture.model_type}` | {architecture.model} | {architecture.kind} | {count} | yes | {told} |"
     if os.environ.get("KITTYBUILD_GOLDEN") == "write":
         write_row(row, architecture.model_type)
