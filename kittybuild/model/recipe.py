@@ -157,6 +157,7 @@ class MergeStage:
     """A merge, as a mergekit configuration says it: `models` (whole), `slices` (layer ranges) or `modules`.
 
     `ignore`: the tensors that are left out of all models. `take`: where tensors that no other model has come from.
+    `tensors`: whether those that not all models have are an error, left out, or merged of the models that have them.
     `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity in the output are no error.
     """
 
@@ -169,13 +170,14 @@ class MergeStage:
     modules: tuple[Module, ...] = ()
     ignore: tuple[Filtered, ...] = ()
     take: Literal["base"] | None = None
+    tensors: Literal["same", "intersection", "union"] = "same"
     dtype: DType | None = None
     out_dtype: DType | None = None
     numerics: str = KITTY_1
     keep: bool = True
     allow_nan: bool = False
     at: At = field(default=NOWHERE, compare=False)
-    kind: Literal["merge"] = "merge"
+    kind: Literal["merge", "state_dict"] = "merge"
 
     def references(self) -> tuple[ModelRef, ...]:
         """Every model it names, in the order of the text, each once."""

@@ -15,7 +15,7 @@ from kittybuild.planner.experts import Layout, layout_like
 from kittybuild.planner.merge_report import counted, listed
 from kittybuild.planner.names import natural
 from kittybuild.planner.parts import Findings, Views
-from kittybuild.planner.same import is_tied, same_weight
+from kittybuild.planner.same import is_tied, same_weight, says_tied
 from kittybuild.planner.views import View
 from kittybuild.recipe.settings import taker
 
@@ -92,7 +92,9 @@ class Fitting:
         return tensors
 
     def _fitted(self, view: View) -> View:
-        """The model in the layout of the reference."""
+        """The model in the layout of the reference; in raw state dicts, a name is a name."""
+        if self.stage.kind == "state_dict":
+            return view
         found = layout_like(view, self.reference, self.builders)
         if found:
             view = self._laid_out(view, found)
@@ -104,7 +106,7 @@ class Fitting:
                     tensors[name] = view.tensors[other]
                     self._note(f"{view.label} has {name} as {other}, which stands in for it")
         for name, given in view.tensors.items():
-            if name not in self.reference.tensors and is_tied(view.config) and self._is_copy(name, given):
+            if name not in self.reference.tensors and says_tied(view.config) and self._is_copy(name, given):
                 del tensors[name]
                 self._note(f"{name} of {view.label} is left out: its config.json says that its embedding is its head")
         return replace(view, tensors=tensors)

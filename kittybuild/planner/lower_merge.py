@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kittybuild.builders.base import Builders
@@ -13,14 +13,14 @@ from kittybuild.planner.config import LayerOrigin, with_layers
 from kittybuild.planner.fitting import Derive, Fitting
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin, PartParams
-from kittybuild.planner.merge_report import MergeReport, counted
+from kittybuild.planner.merge_report import MergeReport, counted, listed
 from kittybuild.planner.names import is_vocabulary, natural
 from kittybuild.planner.parts import Findings, Part, Row, Views, fits, parts_of, rows_of
 from kittybuild.planner.peers import Fitted, rules_of
 from kittybuild.planner.same import is_computed
 from kittybuild.planner.towers import sliced
 from kittybuild.planner.views import View
-from kittybuild.tensors import Shape, TensorSpec
+from kittybuild.tensors import DType, Shape, TensorSpec
 
 
 class MergeLowering:
@@ -60,6 +60,8 @@ class MergeLowering:
             return {}
         self.rows = rows
         found = {row.name: step for row in self.rows if (step := self._step(row)) is not None}
+        if self.stage.tensors == "intersection":
+            self._common()
         if self.stage.take:
             found |= self._rest(found)
         self.fitting.finish()
@@ -94,6 +96,15 @@ class MergeLowering:
             message = f"{key!r} in the config.json of {donor.label} cannot say which layers these are: look at it"
             self.notes.append(f"{self.stage.at}: {message}")
         return changed
+
+    def _common(self) -> None:
+        """Note what an intersection leaves out."""
+        for view in self.parts[0].views:
+            gone = view.tensors.keys() - {row.name for row in self.rows}
+            if gone:
+                shown = listed(sorted(gone, key=natural))
+                text = f"not all models have {counted(len(gone), 'tensor')} of {view.label}, left out:{shown}"
+                self.notes.append(f"{self.stage.at}: {text}")
 
     def _rest(self, found: Mapping[str, Step]) -> dict[str, Step]:
         """The base's tensors that no other model has; what it lacks has no place in its config."""
@@ -134,6 +145,8 @@ class MergeLowering:
 
     def _step(self, row: Row) -> Step | None:
         part = row.part
+        if self.stage.tensors == "union":
+            return self._of_those_that_have(row)
         inputs = [found for view, name in zip(part.views, row.names, strict=True) if (found := view.tensors.get(name))]
         if len(inputs) < len(row.names):
             both = zip(part.views, row.names, strict=True)
@@ -149,6 +162,29 @@ class MergeLowering:
             return inputs[0] if len(inputs) == 1 else self._plain("same", tuple(inputs), first)
         return self._derive(row, inputs, *fitted)
 
+    def _of_those_that_have(self, row: Row) -> Step | None:
+        """The step of a row of the models that have it; what only one has is taken as it is."""
+        part, method = row.part, row.part.method
+        inputs = [view.tensors.get(row.name) for view in part.views]
+        taking = tuple(index for index, given in enumerate(inputs) if given)
+        specs = {index: given.spec for index, given in enumerate(inputs) if given}
+        if len({spec.with_dtype(DType.F32) if spec.dtype.is_float else spec for spec in specs.values()}) > 1:
+            self.report.shapes[row.name] = {part.named(index): spec for index, spec in specs.items()}
+            return None
+        given = tuple(given for given in inputs if given)
+        self.report.see(row, [one.spec for one in given], given[0].spec.shape, taking)
+        if len(given) == 1:
+            return self.taken(given[0])
+        if not given[0].spec.dtype.is_float:
+            return self._plain("same", given, given[0].spec)
+        count = len(taking) - (part.base in taking)
+        if count < method.least or (method.base == "required" and part.anchor not in taking):
+            for view in part.views:
+                if row.name not in view.tensors:
+                    self.findings.lacks(view, row.lead, row.name)
+            return None
+        return self._derive(row, inputs, given[0].spec.shape, taking)
+
     def _fitted(self, row: Row, specs: list[TensorSpec]) -> Fitted | None:
         """The output's shape and the inputs that take part, of inputs that differ; None where they do not fit."""
         if len({"float" if spec.dtype.is_float else spec.dtype for spec in specs}) > 1:
@@ -158,13 +194,14 @@ class MergeLowering:
         vocabulary = is_vocabulary(row.name)
         return self.rules.fitted(row.part.method.name, specs, row.part.base, vocabulary=vocabulary)
 
-    def _derive(self, row: Row, inputs: list[Input], shape: Shape, taking: tuple[int, ...]) -> Step:
+    def _derive(self, row: Row, found: Sequence[Input | None], shape: Shape, taking: tuple[int, ...]) -> Step:
         """The step of a row from those of its inputs that take part."""
         part, dtype = row.part, self.stage.dtype
+        inputs = {index: given for index, given in enumerate(found) if given}
         params = self.params[id(part)].of(row, taking)
         based = params["base"] if part.method.base == "optional" else part.base is not None
         given = tuple(inputs[index] for index in (part.order(taking) if based else taking))
-        lead = inputs[part.anchor or 0].spec
+        lead = inputs.get(part.anchor or 0, inputs[taking[0]]).spec
         result = dtype or lead.dtype
         if self.rules.peer:
             params["dtype"] = dtype.torch_name if dtype else None

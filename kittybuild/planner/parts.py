@@ -6,7 +6,7 @@ A part is a slice as it is merged: its method, its models, which of them is the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kittybuild.builders.base import Builder, Builders
@@ -164,21 +164,27 @@ def fits(stage: MergeStage, part: Part, rules: Rules, findings: Findings) -> boo
 def rows_of(stage: MergeStage, parts: tuple[Part, ...], rules: Rules, findings: Findings) -> list[Row] | None:
     """The rows of all parts; None where a range of layers is none of its model's."""
     if not stage.slices:
-        return list(_whole(parts[0], rules, findings))
+        return list(_whole(parts[0], rules, findings, stage.tensors))
     both = [pair for part in parts for pair in zip(part.sources, part.views, strict=True)]
     ranges = [_range_fits(use, view, findings) for use, view in both]
     return list(_sliced(parts, rules, findings)) if all(ranges) else None
 
 
-def _whole(part: Part, rules: Rules, findings: Findings) -> Iterator[Row]:
-    """The base says which tensors there are, else the first model."""
-    lead = part.views[part.anchor or 0]
-    for view in part.views:
-        for name in view.tensors.keys() - lead.tensors.keys():
-            findings.lacks(lead, view, name)
-    counts = stacks(lead.tensors)
-    for name in lead.tensors:
-        names = (name,) * len(part.sources)
+def _whole(part: Part, rules: Rules, findings: Findings, tensors: str) -> Iterator[Row]:
+    """The base says which tensors there are, else the first model; or all of them, or what is common to all."""
+    first = part.views[part.anchor or 0]
+    every = {name: view for view in reversed((first, *part.views)) for name in view.tensors}
+    wanted: Iterable[str] = every
+    if tensors == "intersection":
+        wanted = [name for name in every if all(name in view.tensors for view in part.views)]
+    elif tensors == "same":
+        wanted = first.tensors
+        for view in part.views:
+            for name in view.tensors.keys() - first.tensors.keys():
+                findings.lacks(first, view, name)
+    counts = stacks(wanted)
+    for name in wanted:
+        names, lead = (name,) * len(part.sources), every[name]
         if layer := layer_of(name):
             t = _position(layer.index, counts[layer.stack])
             yield Row(name, part, names, layer.index, layer.index, t, lead)

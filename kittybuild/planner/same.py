@@ -27,8 +27,12 @@ def is_computed(name: str, spec: TensorSpec) -> bool:
 
 def is_tied(config: Mapping[str, Any] | None) -> bool:
     """Whether a model may use its embedding as its head: its config does not deny it."""
-    found = list(_tied_words(config or {}))
-    return all(found) if found else True
+    return all(_tied_words(config or {}))
+
+
+def says_tied(config: Mapping[str, Any] | None) -> bool:
+    """Whether a model's config says that its embedding is its head."""
+    return any(_tied_words(config or {})) and is_tied(config)
 
 
 def _tied_words(config: Mapping[str, Any]) -> Iterator[bool]:

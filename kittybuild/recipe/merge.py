@@ -10,7 +10,7 @@ from kittybuild.errors import KittybuildError, RecipeError, nearest
 from kittybuild.model.method import Catalogue, Method, Param, find
 from kittybuild.model.recipe import At, Filtered, Given, MergeStage, ModelRef, ModelUse, Module, Slice
 from kittybuild.recipe.reference import parse_reference
-from kittybuild.recipe.schema import MergeText, ModuleText, SliceText
+from kittybuild.recipe.schema import MergeText, ModuleText, SliceText, StateDictText
 from kittybuild.recipe.settings import entries, parse_entry, scalars
 from kittybuild.recipe.yamltext import Document, Path
 
@@ -87,6 +87,11 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     if form.take and not base and "base_model" not in scope.left_out:
         scope.fail("KB103", "'take: base' needs a base_model", scope.at("take"), "add `base_model: NAME`")
     rest: dict[str, Any] = {"ignore": ignore, "take": form.take, "numerics": scope.numerics}
+    if isinstance(form, StateDictText):
+        for key in ("slices", "modules", "name"):
+            if getattr(form, key):
+                scope.fail("KB102", f"unknown key {key!r}", scope.at(key), "a state_dict stage merges whole files")
+        rest |= {"tensors": form.tensors, "kind": "state_dict"}
     rest["modules"] = tuple(module for _, module in modules)
     return MergeStage("", method.name, own.models, own.slices, base, parameters, **rest)
 

@@ -86,6 +86,13 @@ class MergeText(_StageText):
     chat_template: StrictStr | None = None
 
 
+class StateDictText(MergeText):
+    """A state_dict stage: a merge of whole files, which need not have the same tensors."""
+
+    kind: Literal["state_dict"]  # type: ignore[assignment]  # a kind of its own
+    tensors: Literal["same", "intersection", "union"] = "same"
+
+
 class AdapterText(_Text):
     """`adapters[]` of an apply_lora stage."""
 
@@ -140,7 +147,7 @@ class RecipeText(_Text):
 
 
 STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText]] = MappingProxyType(
-    {"merge": MergeText, "apply_lora": ApplyLoraText}
+    {"merge": MergeText, "state_dict": StateDictText, "apply_lora": ApplyLoraText}
 )
 
 
@@ -231,6 +238,8 @@ def _wanted(loc: Path, errors: list[Any]) -> str:
         return REFERENCES
     if kinds == {"string_type", "int_type"}:
         return "a size such as 500MB or 4GB"
+    if loc == ("tensors",):
+        return "same, intersection or union"
     if loc == ("take",):
         return "`take: base`, or leave it out"
     if loc[-1] == "layer_range":
