@@ -14,7 +14,7 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.checkpoint.sources.lockfile import read_lock, write_lock
 from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest, Json, canonical, tagged
-from kittybuild.errors import RecipeError, UsageError, nearest
+from kittybuild.errors import KittybuildError, RecipeError, UsageError, VerifyError, nearest, raise_all
 from kittybuild.model.derivation import Derivation
 from kittybuild.model.lock import Pin, differences, lock_json
 from kittybuild.model.manifest import Manifest, ManifestTensor
@@ -278,6 +278,25 @@ def _pin_fresh(prepared: Prepared) -> None:
         write_lock(prepared.recipe.file, {**read_lock(prepared.recipe.file), **new})
 
 
+def check_models(report: BuildReport) -> list[str]:
+    """Compare every output folder with its config.json; what could not be compared, as notes.
+
+    Raises VerifyError KB601, or Problems. It imports transformers and torch, and runs no code of the models.
+    """
+    from kittybuild.executor.meta_model import check_model
+
+    problems: list[KittybuildError] = []
+    notes = []
+    for output in report.outputs.values():
+        try:
+            if why := check_model(output.folder):
+                notes.append(f"{output.folder}: the model was not checked: {why}")
+        except VerifyError as error:
+            problems.append(error)
+    raise_all(problems)
+    return notes
+
+
 def _report(manifest: Manifest, computed: int, store: Store) -> StageReport:
     counts = store.nonfinite(tensor.ref.digest for tensor in manifest.tensors)
     nonfinite = {tensor.name: counts[tensor.ref.digest] for tensor in manifest.tensors if tensor.ref.digest in counts}
@@ -348,8 +367,9 @@ def _run(
         store.put_manifest(manifests[name])
     lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))
-    for name, manifest in manifests.items():
-        store.set_shortcut(prepared.keys[name], manifest.digest)
+    for name, key in prepared.keys.items():
+        if name in manifests:  # of a stage of which nothing was needed there is none
+            store.set_shortcut(key, manifests[name].digest)
     store.drop_salvaged()
     moved = Moved(amounts.read, amounts.written, amounts.workers, fetched)
     return manifests, lock, results, moved, known.plan.notes
@@ -383,6 +403,7 @@ __all__ = [
     "Prepared",
     "StageReport",
     "build",
+    "check_models",
     "explain",
     "lock",
     "plan",

@@ -1,4 +1,4 @@
-"""Builders that do no arithmetic: a change of dtype, and the copy of inputs that must be equal."""
+"""Builders that do no arithmetic: a change of dtype, the copy of inputs that must be equal, joining and cutting."""
 
 from __future__ import annotations
 
@@ -34,5 +34,29 @@ def _same(job: Job) -> Combine:
     return combine
 
 
+def _join(job: Job) -> Combine:
+    """The elements of all inputs, one after the other."""
+    import numpy as np
+
+    parts = [job.whole(index).reshape(-1) for index in range(len(job.inputs))]
+    starts = np.cumsum([0, *(part.size for part in parts)])
+
+    def combine(block: Block) -> Array:
+        end = block.start + block.count
+        first, last = np.searchsorted(starts, [block.start + 1, end]) - 1
+        pieces = [parts[i][max(block.start - starts[i], 0) : end - starts[i]] for i in range(first, last + 1)]
+        return np.concatenate(pieces)
+
+    return combine
+
+
+def _cut(job: Job) -> Combine:
+    """The elements of the input from `start` on."""
+    start, whole = job.params["start"], job.whole(0).reshape(-1)
+    return lambda block: whole[start + block.start : start + block.start + block.count]
+
+
 CAST = Builder("cast", 1, _cast, scratch=0)
 SAME = Builder("same", 1, _same, scratch=1)
+JOIN = Builder("join", 1, _join, streamed=0, scratch=1, whole=0)
+CUT = Builder("cut", 1, _cut, streamed=0, scratch=0, whole=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kittybuild.builders.base import Builders
-from kittybuild.builders.copying import CAST, SAME
+from kittybuild.builders.copying import CAST, CUT, JOIN, SAME
 from kittybuild.builders.lora import LORA
 from kittybuild.builders.merge.arcee_fusion import ARCEE_FUSION
 from kittybuild.builders.merge.linear import LINEAR
@@ -26,5 +26,6 @@ DIFFERENCES = (*FAMILY, CONSENSUS_TA, CONSENSUS_TIES, MODEL_STOCK, SCE, RAM, RAM
 PAIRED = (NEARSWAP, ARCEE_FUSION)
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
 BUILTIN = replace(
-    Builders.of(CAST, SAME, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH, *PEERS), files=()
+    Builders.of(CAST, SAME, JOIN, CUT, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH, *PEERS),
+    files=(),
 )

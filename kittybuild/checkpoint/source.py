@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kittybuild.digest import Digest, tagged
-from kittybuild.tensors import TensorSpec
+from kittybuild.tensors import Shape, TensorSpec
 
 RAW = "raw"
 
@@ -80,6 +80,11 @@ class Entry:
         return {"scaled": f"{rest.split(':')[0]} with scales", "mxfp4": "MXFP4"}.get(kind)
 
 
+def piece(name: str, start: int, shape: Shape) -> str:
+    """What a piece of a tensor is called: the elements from `start` on that have this shape."""
+    return f"{name}#{start}:{'x'.join(map(str, shape))}"
+
+
 @dataclass(frozen=True, slots=True)
 class Companion:
     """A file that travels with the weights. `derived`: not a file of its own but made from the weights file `path`."""
@@ -100,6 +105,17 @@ class Checkpoint:
     companions: tuple[Companion, ...] = ()
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    def entry(self, name: str) -> Entry:
+        """A tensor, or a piece of one that is stored as it is."""
+        if name in self.entries:
+            return self.entries[name]
+        whole, _, text = name.rpartition("#")
+        start, _, sides = text.partition(":")
+        entry = self.entries[whole]
+        spec = TensorSpec(entry.spec.dtype, tuple(map(int, sides.split("x"))))
+        offset = entry.offset + int(start) * spec.dtype.size
+        return Entry(name, spec, entry.file, offset, spec.nbytes)
 
     @property
     def quantized(self) -> dict[str, int]:

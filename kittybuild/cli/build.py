@@ -58,6 +58,7 @@ def peak_rss() -> int:
 @NUMERICS
 @METHODS
 @OFFLINE
+@click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @answers
@@ -72,6 +73,7 @@ def command(
     numerics: str | None,
     files: tuple[str, ...],
     offline: bool,
+    check_model: bool,
     as_json: bool,
     verbose: bool,
 ) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def command(
             events=events,
             builders=builders,
         )
+    notes = list(report.notes) + (api.check_models(report) if check_model else [])
     document = {
         "ok": True,
         "stages": {name: stage.to_json() for name, stage in report.stages.items()},
@@ -99,18 +102,18 @@ def command(
         "downloaded": report.bytes_fetched,
         "seconds": round(report.seconds, 3),
         "peak_rss": peak_rss() + report.workers_peak,
-        "notes": list(report.notes),
+        "notes": notes,
     }
     if not as_json:
-        _print(report, verbose)
+        _print(report, notes, verbose)
     for name, stage in report.stages.items():
         for tensor, count in stage.nonfinite.items():
             click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
     return document
 
 
-def _print(report: api.BuildReport, verbose: bool) -> None:
-    for note in report.notes:
+def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:
+    for note in notes:
         click.echo(f"note: {note}", err=True)
     for name, stage in report.stages.items():
         click.echo(f"{name}: {stage.tensors} tensors, {stage.computed} computed, {stage.cached} from the store")

@@ -117,11 +117,16 @@ class SourceDecl:
 
 @dataclass(frozen=True)
 class ModelUse:
-    """A model in a merge: all its layers, or the half-open range `layers`, with its own parameters."""
+    """A model in a merge: all its layers, or the half-open range `layers`, with its own parameters.
+
+    Of the names of its tensors that begin with `strip`, `add` takes the place of that.
+    """
 
     model: ModelRef
     layers: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
+    strip: str = ""
+    add: str = ""
     at: At = field(default=NOWHERE, compare=False)
 
 
@@ -137,9 +142,22 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class MergeStage:
-    """A merge, as a mergekit configuration says it: `models` (whole) or `slices` (layer ranges).
+class Module:
+    """A part of a model that is merged by itself, as a stage would be: `models` or `slices`."""
 
+    name: str
+    models: tuple[ModelUse, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: Parameters = field(default_factory=dict)
+    at: At = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class MergeStage:
+    """A merge, as a mergekit configuration says it: `models` (whole), `slices` (layer ranges) or `modules`.
+
+    `ignore`: the tensors that are left out of all models. `take`: where tensors that no other model has come from.
+    `tensors`: whether those that not all models have are an error, left out, or merged of the models that have them.
     `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity in the output are no error.
     """
 
@@ -149,19 +167,29 @@ class MergeStage:
     slices: tuple[Slice, ...] = ()
     base: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
+    modules: tuple[Module, ...] = ()
+    ignore: tuple[Filtered, ...] = ()
+    take: Literal["base"] | None = None
+    tensors: Literal["same", "intersection", "union"] = "same"
     dtype: DType | None = None
     out_dtype: DType | None = None
     numerics: str = KITTY_1
     keep: bool = True
     allow_nan: bool = False
     at: At = field(default=NOWHERE, compare=False)
-    kind: Literal["merge"] = "merge"
+    kind: Literal["merge", "state_dict"] = "merge"
 
     def references(self) -> tuple[ModelRef, ...]:
         """Every model it names, in the order of the text, each once."""
-        uses = self.models or tuple(use for part in self.slices for use in part.sources)
-        bases = (self.base, *(part.base for part in self.slices))
-        return tuple(dict.fromkeys([use.model for use in uses] + [base for base in bases if base]))
+        slices = (*self.slices, *(part for module in self.modules for part in module.slices))
+        bases = (self.base, *(part.base for part in slices))
+        return tuple(dict.fromkeys([use.model for use in self.uses()] + [base for base in bases if base]))
+
+    def uses(self) -> tuple[ModelUse, ...]:
+        """Every entry of a model, in the order of the text."""
+        parts: tuple[MergeStage | Module, ...] = (self, *self.modules)
+        sliced = (use for part in parts for one in part.slices for use in one.sources)
+        return (*(use for part in parts for use in part.models), *sliced)
 
 
 @dataclass(frozen=True, slots=True)

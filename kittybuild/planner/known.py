@@ -31,7 +31,7 @@ class Known:
 
     def entry(self, tensor: SourceTensor) -> Entry:
         """Where a source keeps a tensor."""
-        return self.sources.checkpoints[tensor.source].entries[tensor.name]
+        return self.sources.checkpoints[tensor.source].entry(tensor.name)
 
     def file_id(self, path: str) -> FileId:
         """The identity of a source file, which is still the one whose header was read. Raises SourceError."""

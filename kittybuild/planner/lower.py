@@ -15,6 +15,7 @@ from kittybuild.planner.lower_lora import lower_lora
 from kittybuild.planner.lower_merge import MergeLowering
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin
+from kittybuild.planner.modules import ModulesLowering
 from kittybuild.planner.views import Sources, View, need_adapter
 from kittybuild.tensors import DType
 
@@ -96,7 +97,7 @@ class _Lowering:
         self.recipe, self.sources, self.builders, self.machine = recipe, sources, builders, machine
         self.problems: list[KittybuildError] = []
         self.done: dict[str, StagePlan] = {}
-        self.merges: dict[str, MergeLowering] = {}
+        self.merges: dict[str, MergeLowering | ModulesLowering] = {}
         self.views: dict[str, View] = {}
         self.broken: set[str] = set()
         self.notes: list[str] = []
@@ -142,7 +143,10 @@ class _Lowering:
             return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
-            merge = MergeLowering(stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine)
+            lowering = ModulesLowering if stage.modules else MergeLowering
+            merge = lowering(
+                stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine, self.derive
+            )
             self.merges[stage.name] = merge
             steps, donor = merge.steps(), merge.donor
             config = merge.config() if len(self.problems) == before else None
@@ -167,6 +171,12 @@ class _Lowering:
         )
         tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
         self.views[stage.name] = View(stage.name, tensors, donor.donor, config)
+
+    def derive(self, label: str, model: View, made: Mapping[str, Derivation]) -> Mapping[str, Input]:
+        """Tensors that are made of a model's, in a stage of their own that nothing keeps."""
+        if label not in self.done:
+            self.done[label] = StagePlan(label, "layout", made, model.donor, model.config, keep=False)
+        return {name: StageTensor(label, name, drv.spec) for name, drv in made.items()}
 
     def _break(self, stage: Stage) -> None:
         self.broken.add(stage.name)

@@ -14,6 +14,7 @@ from kittybuild.planner.merge_params import PartParams
 from kittybuild.planner.names import natural
 from kittybuild.planner.parts import Findings, Part, Row
 from kittybuild.planner.peers import Rules
+from kittybuild.planner.same import is_tied
 from kittybuild.recipe.settings import unused
 from kittybuild.tensors import Shape, TensorSpec
 
@@ -53,6 +54,10 @@ class MergeReport:
     def finish(self, rows: list[Row]) -> None:
         """Everything is lowered: what is to be said of it."""
         self._missing()
+        for (lacking, having), computed in self.findings.computed.items():
+            text = f"{lacking} lacks what {having} has and every loader computes:"
+            text += listed(sorted(set(computed), key=natural))
+            self.findings.notes.append(f"{self.stage.at}: {text}")
         self._unequal()
         if not self.findings.missing and not self.shapes:
             self._without_part()
@@ -62,14 +67,17 @@ class MergeReport:
         self.findings.notes += unused_filters(self.stage, rows)
 
     def _missing(self) -> None:
-        views = {view.label: view for part in self.parts for view in part.views}
         for (lacking, having), names in self.findings.missing.items():
             unique = sorted(set(names), key=natural)
             text = f"{lacking} lacks {counted(len(unique), 'tensor')} that {having} has:{listed(unique)}"
-            near = views[lacking].tensors
+            near = self.findings.lacking[lacking].tensors
             hint = nearest(unique[0], near) if len(unique) == 1 and near else "are these models siblings?"
-            if unique == ["lm_head.weight"]:
-                hint = f"{lacking} uses its embedding as its head: save it with a head of its own"
+            if unique == ["lm_head.weight"] and is_tied(self.findings.lacking[lacking].config):
+                hint = f"{lacking} uses its embedding as its head: make {having} the base, or write `ignore: [lm_head]`"
+            elif self.stage.base and not self.stage.take and lacking != str(self.stage.base):
+                hint = (
+                    "are these models siblings? `take: base` takes what only the base has, `ignore: [...]` leaves out"
+                )
             self.findings.fail("KB302", text, self.stage.at, hint)
 
     def _unequal(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.(?P<rest>.*)", re.DOTALL)
 _DIGITS = re.compile(r"([0-9]+)")
-_FIRST = re.compile(r"emb|wte|wpe")
+_FIRST = re.compile(r"emb|wte|wpe|vision|visual|image|audio|speech|projector|connector")
 _LAST = re.compile(r"unembed|embed_out|lm_head")
 _VOCABULARY = re.compile(
     r"(^|[._])(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head)[._]weight"
@@ -47,7 +47,7 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 
 
 def before_layers(name: str) -> bool:
-    """Whether a tensor outside the layers comes before them: it is (part of) an embedding and no head."""
+    """Whether a tensor outside the layers comes before them: of an embedding, of what sees or hears, and no head."""
     return bool(_FIRST.search(name)) and not _LAST.search(name)
 
 

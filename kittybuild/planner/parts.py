@@ -6,7 +6,7 @@ A part is a slice as it is merged: its method, its models, which of them is the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kittybuild.builders.base import Builder, Builders
@@ -15,6 +15,8 @@ from kittybuild.model.method import Method
 from kittybuild.model.recipe import MergeStage, ModelRef, ModelUse, Slice
 from kittybuild.planner.names import before_layers, layer_of, stacks
 from kittybuild.planner.peers import Rules
+from kittybuild.planner.same import is_computed
+from kittybuild.planner.towers import Tower, sliced
 from kittybuild.planner.views import View
 
 Views = Callable[[ModelRef], View]
@@ -51,6 +53,11 @@ class Part:
         return self.slice.sources
 
     @functools.cached_property
+    def tower(self) -> Tower:
+        """What its first model is sliced from, which it has."""
+        return sliced(self.views[0].tensors, self.views[0].config)[0]
+
+    @functools.cached_property
     def starts(self) -> tuple[int, ...]:
         """The first layer of each source that is in it."""
         return tuple(use.layers[0] if use.layers else 0 for use in self.sources)
@@ -85,22 +92,33 @@ class Findings:
     problems: list[KittybuildError]
     notes: list[str] = field(default_factory=list)
     missing: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    computed: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    lacking: dict[str, View] = field(default_factory=dict)
 
     def fail(self, code: str, message: str, at: object, hint: str | None = None) -> None:
         """Note a problem and go on."""
         self.problems.append(PlanError(code, message, at=str(at), hint=hint))
 
     def lacks(self, lacking: View, having: View, name: str) -> None:
-        """Note a tensor that only one of two models has."""
+        """Note a tensor that only one of two models has; one that is computed is no loss."""
+        if name in having.tensors and is_computed(name, having.tensors[name].spec):
+            self.computed.setdefault((lacking.label, having.label), []).append(name)
+            return
+        self.lacking[lacking.label] = lacking
         self.missing.setdefault((lacking.label, having.label), []).append(name)
 
 
-def parts_of(stage: MergeStage, views: Views, builders: Builders) -> tuple[Part, ...]:
-    """The slices; `models` are one slice of all layers, to which mergekit appends a base that is not among them."""
+def parts_of(stage: MergeStage, shown: Callable[[ModelUse], View], builders: Builders) -> tuple[Part, ...]:
+    """The slices; `models` are one slice of all layers, to which mergekit appends a base that is not among them.
+
+    With `take: base` a base that would be one model among others gives the rest, and no more.
+    """
     slices = stage.slices
     if not slices:
         uses = stage.models
-        if stage.base and stage.base not in [use.model for use in uses]:
+        builder = builders.get(stage.method, stage.numerics)
+        apart = stage.take and builder and builder.method and builder.method.base == "ordinary"
+        if stage.base and stage.base not in [use.model for use in uses] and not apart:
             uses = (*uses, ModelUse(stage.base, at=stage.base.at))
         slices = (Slice(uses, at=stage.at),)
     found = []
@@ -112,7 +130,7 @@ def parts_of(stage: MergeStage, views: Views, builders: Builders) -> tuple[Part,
         base = part.base or stage.base
         anchor = refs.index(base) if base in refs else None
         on_differences = builder.method.base != "ordinary"
-        seen = tuple(map(views, refs))
+        seen = tuple(map(shown, part.sources))
         found.append(Part(part, builder, builder.method, seen, anchor, anchor if on_differences else None))
     return tuple(found)
 
@@ -146,21 +164,27 @@ def fits(stage: MergeStage, part: Part, rules: Rules, findings: Findings) -> boo
 def rows_of(stage: MergeStage, parts: tuple[Part, ...], rules: Rules, findings: Findings) -> list[Row] | None:
     """The rows of all parts; None where a range of layers is none of its model's."""
     if not stage.slices:
-        return list(_whole(parts[0], rules, findings))
+        return list(_whole(parts[0], rules, findings, stage.tensors))
     both = [pair for part in parts for pair in zip(part.sources, part.views, strict=True)]
     ranges = [_range_fits(use, view, findings) for use, view in both]
     return list(_sliced(parts, rules, findings)) if all(ranges) else None
 
 
-def _whole(part: Part, rules: Rules, findings: Findings) -> Iterator[Row]:
-    """The base says which tensors there are, else the first model."""
-    lead = part.views[part.anchor or 0]
-    for view in part.views:
-        for name in view.tensors.keys() - lead.tensors.keys():
-            findings.lacks(lead, view, name)
-    counts = stacks(lead.tensors)
-    for name in lead.tensors:
-        names = (name,) * len(part.sources)
+def _whole(part: Part, rules: Rules, findings: Findings, tensors: str) -> Iterator[Row]:
+    """The base says which tensors there are, else the first model; or all of them, or what is common to all."""
+    first = part.views[part.anchor or 0]
+    every = {name: view for view in reversed((first, *part.views)) for name in view.tensors}
+    wanted: Iterable[str] = every
+    if tensors == "intersection":
+        wanted = [name for name in every if all(name in view.tensors for view in part.views)]
+    elif tensors == "same":
+        wanted = first.tensors
+        for view in part.views:
+            for name in view.tensors.keys() - first.tensors.keys():
+                findings.lacks(first, view, name)
+    counts = stacks(wanted)
+    for name in wanted:
+        names, lead = (name,) * len(part.sources), every[name]
         if layer := layer_of(name):
             t = _position(layer.index, counts[layer.stack])
             yield Row(name, part, names, layer.index, layer.index, t, lead)
@@ -178,13 +202,13 @@ def _outside(name: str, rules: Rules) -> float:
 
 
 def _sliced(parts: tuple[Part, ...], rules: Rules, findings: Findings) -> Iterator[Row]:
-    _outer_fit(parts[0].views[0], parts[-1].views[0], findings)
+    _outer_fit(parts[0], parts[-1], findings)
     total = 0
     for number, part in enumerate(parts):
-        lead, spans = part.views[0], [use.layers or (0, 0) for use in part.sources]
+        lead, tower, spans = part.views[0], part.tower, [use.layers or (0, 0) for use in part.sources]
         first, count = spans[0], spans[0][1] - spans[0][0]
         for name in lead.tensors:
-            layer = layer_of(name)
+            layer = tower.layer(name)
             if layer is None:
                 if number == (0 if before_layers(name) else len(parts) - 1):
                     yield Row(name, part, (name,) * len(spans), None, None, _outside(name, rules), lead)
@@ -193,22 +217,23 @@ def _sliced(parts: tuple[Part, ...], rules: Rules, findings: Findings) -> Iterat
                 names = tuple(layer.at(start + j) for start, _ in spans)
                 yield Row(layer.at(total + j), part, names, total + j, j, _position(j, count), lead)
         for view, span in zip(part.views[1:], spans[1:], strict=True):
-            _extra(lead, first, view, span, findings)
+            _extra(part, first, view, span, findings)
         total += count
 
 
-def _outer_fit(first: View, last: View, findings: Findings) -> None:
+def _outer_fit(first: Part, last: Part, findings: Findings) -> None:
     """What stands before the layers comes from the first slice and the rest from the last: neither may be lost."""
     for lacking, having in ((first, last), (last, first)):
-        for name in having.tensors:
-            if layer_of(name) is None and name not in lacking.tensors:
-                findings.lacks(lacking, having, name)
+        for name in having.views[0].tensors:
+            if having.tower.layer(name) is None and name not in lacking.views[0].tensors:
+                findings.lacks(lacking.views[0], having.views[0], name)
 
 
-def _extra(lead: View, first: tuple[int, int], view: View, span: tuple[int, int], findings: Findings) -> None:
+def _extra(part: Part, first: tuple[int, int], view: View, span: tuple[int, int], findings: Findings) -> None:
     """Tensors of a source's layers that the first source of the slice lacks."""
+    lead = part.views[0]
     for name in view.tensors:
-        layer = layer_of(name)
+        layer = part.tower.layer(name)
         if layer is None or not span[0] <= layer.index < span[1]:
             continue
         wanted = layer.at(first[0] + layer.index - span[0])
@@ -217,20 +242,19 @@ def _extra(lead: View, first: tuple[int, int], view: View, span: tuple[int, int]
 
 
 def _range_fits(use: ModelUse, view: View, findings: Findings) -> bool:
-    counts = stacks(view.tensors)
-    if len(counts) != 1:
-        found = ", ".join(counts) or "none"
-        hint = "merge such models whole, with `models:`"
-        findings.fail(
-            "KB304", f"{use.model} has {len(counts)} stacks of layers ({found}): which is sliced?", use.at, hint
-        )
+    found = sliced(view.tensors, view.config)
+    if len(found) != 1:
+        names = ", ".join(tower.label for tower in found) or "none"
+        hint = "give each its own slices under `modules:`" if found else "merge such models whole, with `models:`"
+        message = f"{use.model} has {len(found)} stacks of layers ({names}): which is sliced?"
+        findings.fail("KB304", message, use.at, hint)
         return False
-    count = next(iter(counts.values()))
-    if use.layers and use.layers[1] > count:
+    (tower,) = found
+    if use.layers and use.layers[1] > tower.count:
         hint = "layers count from 0, and the end is not taken"
-        findings.fail("KB303", f"{use.model} has the layers [0, {count}), not {list(use.layers)}", use.at, hint)
+        findings.fail("KB303", f"{use.model} has the layers [0, {tower.count}), not {list(use.layers)}", use.at, hint)
         return False
-    there = {layer.index for name in view.tensors if (layer := layer_of(name))}
+    there = {layer.index for name in view.tensors if (layer := tower.layer(name))}
     if gaps := [index for index in range(*(use.layers or (0, 0))) if index not in there]:
         hint = "its tensors tell which layers it has"
         findings.fail("KB303", f"{use.model} has no tensor of layer {gaps[0]}", use.at, hint)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kittybuild.checkpoint.folder import unknown_source
 from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
-from kittybuild.checkpoint.source import Checkpoint, FileId
+from kittybuild.checkpoint.source import RAW, Checkpoint, FileId
 from kittybuild.checkpoint.sources.cached import Cached
 from kittybuild.checkpoint.sources.hub import bring_entry, identity, open_pinned
 from kittybuild.checkpoint.sources.web import Web
@@ -22,12 +22,16 @@ from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
 
 @dataclass(frozen=True)
 class View:
-    """A model: its tensors, the source that gives its companion files, and its config.json."""
+    """A model: its tensors, the source that gives its companion files, and its config.json.
+
+    `encoded`: the names of source tensors that are decoded while they are read.
+    """
 
     label: str
     tensors: Mapping[str, Input]
     donor: str | None
     config: Mapping[str, Any] | None
+    encoded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Sources:
         """A source as a model."""
         checkpoint = self.checkpoints[name]
         tensors = {entry.name: SourceTensor(name, entry.name, entry.spec) for entry in checkpoint.entries.values()}
-        return View(name, tensors, name if checkpoint.companions else None, checkpoint.config)
+        encoded = frozenset(entry.name for entry in checkpoint.entries.values() if entry.encoding != RAW)
+        return View(name, tensors, name if checkpoint.companions else None, checkpoint.config, encoded)
 
     def identity(self, path: str) -> FileId:
         """The identity of a file: its content where a lock says it, else what `stat` does. Raises OSError."""
@@ -54,7 +59,7 @@ class Sources:
     def bring(self, tensor: SourceTensor) -> None:
         """See that the bytes of a tensor are on this machine. Raises SourceError."""
         if cached := self.remote.get(tensor.source):
-            bring_entry(cached, self.checkpoints[tensor.source].entries[tensor.name])
+            bring_entry(cached, self.checkpoints[tensor.source].entry(tensor.name))
 
 
 def source_names(recipe: Recipe) -> dict[str, SourceDecl]:

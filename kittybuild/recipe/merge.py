@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest
 from kittybuild.model.method import Catalogue, Method, Param, find
-from kittybuild.model.recipe import At, Filtered, Given, MergeStage, ModelRef, ModelUse, Slice
+from kittybuild.model.recipe import At, Filtered, Given, MergeStage, ModelRef, ModelUse, Module, Slice
 from kittybuild.recipe.reference import parse_reference
-from kittybuild.recipe.schema import MergeText, SliceText
+from kittybuild.recipe.schema import MergeText, ModuleText, SliceText, StateDictText
 from kittybuild.recipe.settings import entries, parse_entry, scalars
 from kittybuild.recipe.yamltext import Document, Path
 
 Problems = list[KittybuildError]
+CONTENTS = frozenset({"models", "slices", "modules"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,45 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     if scope.strict and form.name is not None:
         scope.fail("KB102", "unknown key 'name'", scope.at("name"), "a stage has the name that it stands under")
     method = _method(form.merge_method, scope, "merge_method")
-    given = [key for key in ("models", "slices") if getattr(form, key)]
-    if len(given) != 1 and not {"models", "slices"} & scope.left_out:
-        found, hint = ("both", "keep one of them") if given else ("neither", "list the models under `models:`")
-        scope.fail("KB108", f"a merge has either 'models' or 'slices', here are {found}", scope.at(), hint)
+    given = [key for key in CONTENTS if getattr(form, key)]
+    if len(given) != 1 and not CONTENTS & scope.left_out:
+        found, hint = (
+            (" and ".join(given), "keep one of them") if given else ("none", "list the models under `models:`")
+        )
+        message = f"a merge has one of 'models', 'slices' and 'modules', here are {found}"
+        scope.fail("KB108", message, scope.at(), hint)
     base = parse_reference(form.base_model, scope.at("base_model"), scope.problems) if form.base_model else None
+    both: list[tuple[MergeText | ModuleText, Scope, str]] = [(form, scope, "")]
+    for name, module in (form.modules or {}).items():
+        both.append((module, replace(scope, path=(*scope.path, "modules", name)), name))
+    found_in = [_contents(part, inside, method, base, name) for part, inside, name in both]
+    used = tuple({one.name: one for methods, _ in found_in for one in methods if one}.values())
+    unknown = any(one is None for methods, _ in found_in for one in methods)
+    parameters = _parameters(form.parameters, scope, () if unknown else used, ("parameters",), shared=True)
+    if method is None:
+        return None
+    for methods, contents in found_in:
+        _bases_parameters(methods, contents, base, scope)
+    (_, own), *modules = found_in
+    ignore = tuple(entry for index, text in enumerate(form.ignore) if (entry := _ignored(text, index, scope)))
+    if form.take and not base and "base_model" not in scope.left_out:
+        scope.fail("KB103", "'take: base' needs a base_model", scope.at("take"), "add `base_model: NAME`")
+    rest: dict[str, Any] = {"ignore": ignore, "take": form.take, "numerics": scope.numerics}
+    if isinstance(form, StateDictText):
+        for key in ("slices", "modules", "name"):
+            if getattr(form, key):
+                scope.fail("KB102", f"unknown key {key!r}", scope.at(key), "a state_dict stage merges whole files")
+        rest |= {"tensors": form.tensors, "kind": "state_dict"}
+    rest["modules"] = tuple(module for _, module in modules)
+    return MergeStage("", method.name, own.models, own.slices, base, parameters, **rest)
+
+
+def _contents(
+    form: MergeText | ModuleText, scope: Scope, method: Method | None, base: ModelRef | None, name: str
+) -> tuple[tuple[Method | None, ...], Module]:
+    """The methods, and the models or slices, of a whole merge or (with its name and parameters) of a module."""
+    if name and bool(form.models) == bool(form.slices):
+        scope.fail("KB108", f"the module {name!r} has either 'models' or 'slices'", scope.at(), "keep one of them")
     texts = form.slices or []
     methods = [_slice_method(item, index, method, scope) for index, item in enumerate(texts)]
     if not base and "base_model" not in scope.left_out:
@@ -76,15 +111,30 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     parts = [_slice(item, scope, own, i) for i, (item, own) in enumerate(zip(texts, methods, strict=True))]
     everywhere = (method, *methods)
     used = tuple({one.name: one for one in everywhere if one}.values()) if all(everywhere) else ()
-    parameters = _parameters(form.parameters, scope, used, ("parameters",), shared=True)
-    if method is None:
-        return None
-    _base_parameters(method, models, base, scope)
-    for part, own in zip(parts, methods, strict=True):
-        if part and own:
-            _base_parameters(own, part.sources, part.base or base, scope)
+    parameters = _parameters(form.parameters, scope, used, ("parameters",), shared=True) if name else {}
     slices = tuple(part for part in parts if part)
-    return MergeStage("", method.name, tuple(models), slices, base, parameters, numerics=scope.numerics)
+    return everywhere, Module(name, tuple(models), slices, parameters, scope.at())
+
+
+def _bases_parameters(methods: Sequence[Method | None], module: Module, base: ModelRef | None, scope: Scope) -> None:
+    """Parameters of the base of a whole merge or of a module, and of its slices, which have these methods."""
+    method, *own = methods
+    if method:
+        _base_parameters(method, module.models, base, scope)
+    if len(own) == len(module.slices):  # else some slices are wrong, which is noted
+        for part, found in zip(module.slices, own, strict=True):
+            if found:
+                _base_parameters(found, part.sources, part.base or base, scope)
+
+
+def _ignored(text: str, index: int, scope: Scope) -> Filtered | None:
+    """A pattern of `ignore`, which is written as a filter is."""
+    at = scope.at("ignore", index)
+    try:
+        return parse_entry({"value": True, "filter": text}, at)
+    except ValueError as error:
+        scope.fail("KB106", f"'ignore' cannot be read: {error}", at)
+        return None
 
 
 def _slice_method(item: SliceText, index: int, method: Method | None, scope: Scope) -> Method | None:
@@ -124,7 +174,6 @@ def _base_parameters(method: Method, uses: Sequence[ModelUse], base: ModelRef | 
 def _not_yet(form: MergeText, scope: Scope) -> None:
     """What mergekit knows and we do not build yet is an error, never ignored."""
     later = {
-        "modules": bool(form.modules),
         "tokenizer_source": form.tokenizer_source not in (None, "base", form.base_model),
         "tokenizer": form.tokenizer is not None,
         "chat_template": form.chat_template is not None,
@@ -145,7 +194,7 @@ def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> Mo
         scope.fail("KB113", f"layer_range {layers} holds no layer", scope.at(*path, "layer_range"), hint)
         return None
     span = (layers[0], layers[1]) if layers else None
-    return ModelUse(model, span, parameters, scope.at(*path)) if model else None
+    return ModelUse(model, span, parameters, item.strip, item.add, scope.at(*path)) if model else None
 
 
 def _slice(item: SliceText, scope: Scope, method: Method | None, index: int) -> Slice | None:

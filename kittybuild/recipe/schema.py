@@ -28,6 +28,8 @@ class ModelText(_Text):
 
     model: ReferenceText
     parameters: dict[str, Any] | None = None
+    strip: StrictStr = ""
+    add: StrictStr = ""
 
 
 class SliceSourceText(_Text):
@@ -36,6 +38,8 @@ class SliceSourceText(_Text):
     model: ReferenceText
     layer_range: LayerRange
     parameters: dict[str, Any] | None = None
+    strip: StrictStr = ""
+    add: StrictStr = ""
 
 
 class SliceText(_Text):
@@ -46,6 +50,14 @@ class SliceText(_Text):
     base_model: ReferenceText | None = None
     parameters: dict[str, Any] | None = None
     residual_weight: float | None = None
+
+
+class ModuleText(_Text):
+    """`modules.NAME`."""
+
+    models: list[ModelText] | None = None
+    slices: list[SliceText] | None = None
+    parameters: dict[str, Any] | None = None
 
 
 class _StageText(_Text):
@@ -64,12 +76,21 @@ class MergeText(_StageText):
     numerics: StrictStr | None = None
     models: list[ModelText] | None = None
     slices: list[SliceText] | None = None
-    modules: dict[str, Any] | None = None
+    modules: dict[Words, ModuleText] | None = None
     base_model: ReferenceText | None = None
     parameters: dict[str, Any] | None = None
+    ignore: list[Words] = Field(default_factory=list)
+    take: Literal["base"] | None = None
     tokenizer_source: Any = None
     tokenizer: Any = None
     chat_template: StrictStr | None = None
+
+
+class StateDictText(MergeText):
+    """A state_dict stage: a merge of whole files, which need not have the same tensors."""
+
+    kind: Literal["state_dict"]  # type: ignore[assignment]  # a kind of its own
+    tensors: Literal["same", "intersection", "union"] = "same"
 
 
 class AdapterText(_Text):
@@ -126,7 +147,7 @@ class RecipeText(_Text):
 
 
 STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText]] = MappingProxyType(
-    {"merge": MergeText, "apply_lora": ApplyLoraText}
+    {"merge": MergeText, "state_dict": StateDictText, "apply_lora": ApplyLoraText}
 )
 
 
@@ -217,6 +238,10 @@ def _wanted(loc: Path, errors: list[Any]) -> str:
         return REFERENCES
     if kinds == {"string_type", "int_type"}:
         return "a size such as 500MB or 4GB"
+    if loc == ("tensors",):
+        return "same, intersection or union"
+    if loc == ("take",):
+        return "`take: base`, or leave it out"
     if loc[-1] == "layer_range":
         return "[start, end): the first layer and the one behind the last"
     if "too_short" in kinds:

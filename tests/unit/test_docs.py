@@ -260,6 +260,8 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     assert set(first_words(section(text, "Slices"))) == slices
     lora = {*schema.ApplyLoraText.model_fields, *schema.AdapterText.model_fields} - STAGE_KEYS
     assert set(first_words(section(text, "apply_lora"))) == lora
+    raw = {*schema.StateDictText.model_fields} - {*schema.MergeText.model_fields}
+    assert set(first_words(section(text, "state_dict"))) == raw
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 

@@ -311,13 +311,12 @@ class TestSlices:
         assert error.code == "KB302"
         assert error.message.startswith("a lacks 1 tensor that b has:\n  model.layers.0.self_attn.q_proj.bias")
 
-    @pytest.mark.parametrize("order", ["ab", "ba"])
-    def test_a_head_that_only_one_end_has_is_not_lost(self, tmp_path: Path, order: str) -> None:
-        text = f"""\
+    def test_a_head_that_only_one_end_has_is_not_lost(self, tmp_path: Path) -> None:
+        text = """\
         merge_method: passthrough
         slices:
-          - sources: [{{model: {order[0]}, layer_range: [0, 1]}}]
-          - sources: [{{model: {order[1]}, layer_range: [1, 2]}}]
+          - sources: [{model: b, layer_range: [0, 1]}]
+          - sources: [{model: a, layer_range: [1, 2]}]
         """
         (error,) = errors_of(planned, tmp_path, {"a": llama(), "b": llama(tie=True)}, text)
         assert error.code == "KB302"
@@ -338,9 +337,10 @@ class TestFit:
 
     def test_the_base_says_what_must_be_there(self, tmp_path: Path) -> None:
         text = "merge_method: ties\nbase_model: base\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]"
-        models = {"a": llama(tie=True), "b": llama(), "base": llama()}
+        lame = {name: spec for name, spec in llama().items() if name != "model.norm.weight"}
+        models = {"a": lame, "b": llama(), "base": llama()}
         (error,) = errors_of(planned, tmp_path, models, text)
-        assert error.message == "a lacks 1 tensor that base has:\n  lm_head.weight"
+        assert error.message == "a lacks 1 tensor that base has:\n  model.norm.weight"
 
     def test_one_missing_name_has_its_nearest_beside_it(self, tmp_path: Path) -> None:
         b = {name.replace("model.norm.weight", "model.norms.weight"): spec for name, spec in llama().items()}

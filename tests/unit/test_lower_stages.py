@@ -30,7 +30,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zoo")
     pico_llama(folder / "base", 1)
     write_header(folder / "a", llama())
-    write_header(folder / "tied", llama(tie=True))
+    write_header(folder / "lame", {name: spec for name, spec in llama().items() if "norm" not in name})
     pico_adapter(folder / "joy", folder / "base", 2, lora_alpha=2)
     pico_adapter(folder / "zen", folder / "base", 3, rank=8, targets=["q_proj", "k_proj"])
     return folder
@@ -179,7 +179,7 @@ class TestChains:
         assert found.stages["last"].config == found.stages["first"].config
 
     def test_an_error_of_one_stage_is_not_told_again_by_the_next(self, zoo: Path) -> None:
-        text = self.TEXT.replace("{model: a}]}\n      aside", "{model: tied}]}\n      aside")
+        text = self.TEXT.replace("{model: a}]}\n      aside", "{model: lame}]}\n      aside")
         (error,) = errors_of(plan, zoo, text)
         assert error.code == "KB302"
 
@@ -187,7 +187,7 @@ class TestChains:
         text = """\
         kittybuild: 1
         stages:
-          one: {merge_method: linear, parameters: {weight: 1}, models: [{model: base}, {model: tied}]}
+          one: {merge_method: linear, parameters: {weight: 1}, models: [{model: base}, {model: lame}]}
           two: {merge_method: slerp, base_model: base, parameters: {t: 1}, models: [{model: base}]}
         """
         assert [code for code, _ in found(plan, zoo, text)] == ["KB302", "KB309"]

@@ -212,7 +212,7 @@ BAD = [
     ("KB106", "{merge_method: passthrough, models: [{model: a, parameters: {▸scale: big}}]}"),
     ("KB107", f"kittybuild: 1\nstages: {{s: {ONE}}}\noutputs: {{▸t: {{folder: out}}}}"),
     ("KB108", "▸merge_method: passthrough"),
-    ("KB109", "{merge_method: passthrough,\n modules: ▸{text: {}}, models: [{model: a}]}"),
+    ("KB109", "{merge_method: passthrough,\n tokenizer: ▸{source: union}, models: [{model: a}]}"),
     ("KB103", f"kittybuild: 1\nsources: {{a: ▸{{hub: just-a-name}}}}\nstages: {{s: {ONE}}}"),
     ("KB103", f"kittybuild: 1\nsources: {{a: ▸{{hub: org/a, path: a}}}}\nstages: {{s: {ONE}}}"),
     ("KB110", f"kittybuild: 1\nsources: {{s: {{path: a}}}}\nstages: {{▸s: {ONE}}}"),
