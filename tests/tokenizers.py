@@ -12,6 +12,7 @@ from typing import Any
 from kittybuild.model.recipe import ModelRef
 from kittybuild.tokens.reading import FILES, read_vocabulary
 from kittybuild.tokens.vocabulary import Vocabulary
+from tests.helpers import pico_llama
 
 Document = dict[str, Any]
 Files = dict[str, bytes]
@@ -149,6 +150,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
+
+
+def model_with(folder: Path, seed: int, files: Files, *, rows: int | None = None, **options: Any) -> Path:
+    """A pico Llama with this tokenizer, and tables of as many rows as it has ids, or of `rows`."""
+    vocabulary = read_vocabulary(files, 0, folder.name)
+    assert vocabulary is not None
+    pico_llama(folder, seed, vocab=rows or vocabulary.end, **options)
+    return write_files(folder, files)
 
 
 def sentencepiece(pieces: Sequence[tuple[str, int]], *, bpe: bool = True) -> bytes:

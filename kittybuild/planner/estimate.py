@@ -8,8 +8,9 @@ from typing import Any
 
 from kittybuild.builders.base import Builders
 from kittybuild.model.derivation import Derivation, StageTensor
-from kittybuild.model.plan import StagePlan, inputs_of
+from kittybuild.model.plan import inputs_of
 from kittybuild.planner.fetching import downloads
+from kittybuild.planner.files import companion_names
 from kittybuild.planner.known import Known
 from kittybuild.planner.work import StageWork, stage_work
 
@@ -79,14 +80,8 @@ def _stage(work: StageWork, known: Known) -> StageEstimate:
         linked=sum(shard.present for shard in work.shards),
         read=sum(read.values()) + copied,
         written=written,
-        files=_files(stage, known) if stage.shards else (),
+        files=companion_names(stage, known.sources) if stage.shards else (),
     )
-
-
-def _files(stage: StagePlan, known: Known) -> tuple[str, ...]:
-    if stage.donor is None:
-        return ()
-    return tuple(companion.name for companion in known.sources.checkpoints[stage.donor].companions)
 
 
 def _largest_whole(known: Known, works: list[StageWork], builders: Builders) -> int:

@@ -22,12 +22,16 @@ from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
 
 @dataclass(frozen=True)
 class View:
-    """A model: its tensors, the source that gives its companion files, and its config.json."""
+    """A model: its tensors, the source that gives its companion files, and its config.json.
+
+    `files`: companion files that it has otherwise than that source (None: not at all).
+    """
 
     label: str
     tensors: Mapping[str, Input]
     donor: str | None
     config: Mapping[str, Any] | None
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

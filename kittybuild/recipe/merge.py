@@ -9,9 +9,11 @@ from typing import Any
 from kittybuild.errors import KittybuildError, RecipeError, nearest
 from kittybuild.model.method import Catalogue, Method, Param, find
 from kittybuild.model.recipe import At, Filtered, Given, MergeStage, ModelRef, ModelUse, Slice
+from kittybuild.model.tokenizer import ChatTemplate
 from kittybuild.recipe.reference import parse_reference
 from kittybuild.recipe.schema import MergeText, SliceText
 from kittybuild.recipe.settings import entries, parse_entry, scalars
+from kittybuild.recipe.tokenizer import read_tokenizer
 from kittybuild.recipe.yamltext import Document, Path
 
 Problems = list[KittybuildError]
@@ -77,14 +79,24 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     everywhere = (method, *methods)
     used = tuple({one.name: one for one in everywhere if one}.values()) if all(everywhere) else ()
     parameters = _parameters(form.parameters, scope, used, ("parameters",), shared=True)
+    tokenizer = read_tokenizer(form, scope.document, scope.path, scope.problems)
     if method is None:
         return None
     _base_parameters(method, models, base, scope)
     for part, own in zip(parts, methods, strict=True):
         if part and own:
             _base_parameters(own, part.sources, part.base or base, scope)
-    slices = tuple(part for part in parts if part)
-    return MergeStage("", method.name, tuple(models), slices, base, parameters, numerics=scope.numerics)
+    return MergeStage(
+        "",
+        method.name,
+        tuple(models),
+        tuple(part for part in parts if part),
+        base,
+        parameters,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(form.chat_template, scope.at("chat_template")) if form.chat_template else None,
+        numerics=scope.numerics,
+    )
 
 
 def _slice_method(item: SliceText, index: int, method: Method | None, scope: Scope) -> Method | None:
@@ -123,17 +135,8 @@ def _base_parameters(method: Method, uses: Sequence[ModelUse], base: ModelRef | 
 
 def _not_yet(form: MergeText, scope: Scope) -> None:
     """What mergekit knows and we do not build yet is an error, never ignored."""
-    later = {
-        "modules": bool(form.modules),
-        "tokenizer_source": form.tokenizer_source not in (None, "base", form.base_model),
-        "tokenizer": form.tokenizer is not None,
-        "chat_template": form.chat_template is not None,
-    }
-    for key, used in later.items():
-        if used:
-            scope.fail(
-                "KB109", f"{key!r} is not built yet", scope.at(key), "the base model's tokenizer is taken as it is"
-            )
+    if form.modules:
+        scope.fail("KB109", "'modules' is not built yet", scope.at("modules"), "merge the models whole, with `models:`")
 
 
 def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> ModelUse | None:
