@@ -116,12 +116,19 @@ def test_the_tokenizer_of_a_model_comes_with_its_files_template_and_ids(models: 
     found = rows_of(out)[EMBED]
     base, chat = (rows_of(models / name)[EMBED] for name in ("base", "chat"))
     assert all(torch.equal(row, base.get(token, chat[token])) for token, row in found.items())
-    config = json.loads((out / "config.json").read_text())
-    tokens = {number: token for token, number in ids(BASE).items()}
-    assert config["eos_token_id"] == ids(CHAT).get(
-        tokens[2], json.loads((models / "chat/config.json").read_text())["eos_token_id"]
-    )
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((out / name).read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (ids(CHAT)["<s>"], ids(CHAT)["</s>"])
     assert assert_speaks(out).chat_template == TEMPLATE
+
+
+def test_an_id_whose_token_is_gone_is_that_of_the_tokenizer_s_model(models: Path, tmp_path: Path) -> None:
+    out, answer = merged(models, tmp_path, tokenizer_source=str(models / "base"), base_model=str(models / "chat"))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((out / name).read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (ids(BASE)["<s>"], ids(BASE)["</s>"])
+    assert not [note for note in answer["notes"] if "by hand" in note]
+    assert assert_speaks(out, TEXTS[:2]).chat_template is None
 
 
 def test_truncate_takes_the_rows_that_all_have_and_the_base_s_files(tmp_path: Path) -> None:
