@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from tests.building import Answer, build, contents, fails
 from tests.helpers import load_tensors, run_cli
-from tests.tokenizers import Files, byte_level, files_of, model_with, read_files, write_files
+from tests.tables import EMBED, PLAIN, assert_rows, assert_speaks, ids, rows_of
+from tests.tokenizers import byte_level, files_of, model_with, read_files, write_files
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 BASE = files_of(byte_level(["Ġthe", "Ġcat"], ["<s>", "</s>"]), {"bos_token": "<s>", "eos_token": "</s>"})
 CHAT = files_of(
     byte_level(["Ġthe", "ing"], ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]),
     {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE},
 )
-TEXTS = ("Hello the cat is singing.", "Größe 東京 🙂", "<|im_start|>user the thing<|im_end|></s>")
+TEXTS = (*PLAIN, "<|im_start|>user the thing<|im_end|></s>")
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +32,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_with(folder / "base", 0, BASE, dtype="float32")
     model_with(folder / "chat", 1, CHAT, dtype="float32")
     return folder
-
-
-def ids(files: Files | Path) -> dict[str, int]:
-    """The ids of all tokens, as transformers' library gives them."""
-    from tokenizers import Tokenizer
-
-    text = (files / "tokenizer.json").read_bytes() if isinstance(files, Path) else files["tokenizer.json"]
-    return Tokenizer.from_str(text.decode()).get_vocab(with_added_tokens=True)  # type: ignore[no-any-return]
 
 
 def recipe(models: Path, folder: Path, *, weights: Sequence[float] = (1.0, 0.0), **more: Any) -> str:
@@ -58,39 +49,6 @@ def merged(models: Path, tmp_path: Path, **more: Any) -> tuple[Path, Answer]:
     return tmp_path / "out", answer
 
 
-def rows_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Each table's rows by token."""
-    tensors, numbers = load_tensors(folder), ids(folder)
-    return {name: {t: tensors[name][n] for t, n in numbers.items() if n < len(tensors[name])} for name in (EMBED, HEAD)}
-
-
-def assert_rows(out: Path, models: Path, *, lead: str, weights: Mapping[str, float]) -> None:
-    """Every row is the weighted sum of the models' rows, where one has none with that of the other."""
-    found, tables = rows_of(out), {name: rows_of(models / name) for name in weights}
-    for name in (EMBED, HEAD):
-        for token, row in found[name].items():
-            having = {model: rows[name][token] for model, rows in tables.items() if token in rows[name]}
-            instead = having.get(lead, next(iter(having.values())))
-            wanted = sum(weight * having.get(model, instead) for model, weight in weights.items())
-            assert torch.equal(row, wanted), (name, token)  # type: ignore[arg-type]
-
-
-def assert_speaks(out: Path, texts: Sequence[str] = TEXTS) -> Any:
-    """The folder loads with transformers, whose tokenizer brings texts back; returns the tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
-    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
-    for text in texts:
-        numbers = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        assert tokenizer.decode(numbers[0], clean_up_tokenization_spaces=False) == text
-        assert torch.isfinite(model(numbers).logits).all()
-    return tokenizer
-
-
 def test_union_has_the_tokens_of_all_each_with_its_rows(models: Path, tmp_path: Path) -> None:
     out, answer = merged(models, tmp_path, tokenizer_source="union", weights=(0.25, 0.5))
     tokens = ids(out)
@@ -98,7 +56,7 @@ def test_union_has_the_tokens_of_all_each_with_its_rows(models: Path, tmp_path: 
     assert {token: tokens[token] for token in ids(BASE)} == ids(BASE)
     assert json.loads((out / "config.json").read_text())["vocab_size"] == len(tokens)
     assert_rows(out, models, lead="base", weights={"base": 0.25, "chat": 0.5})
-    assert_speaks(out)
+    assert_speaks(out, TEXTS)
     assert "merge/tables of" in " ".join(answer["stages"])
 
 
@@ -107,19 +65,19 @@ def test_base_keeps_the_tokenizer_files_byte_for_byte(models: Path, tmp_path: Pa
     assert read_files(out) == read_files(models / "base")
     assert (out / "config.json").read_bytes() == (models / "base/config.json").read_bytes()
     assert_rows(out, models, lead="base", weights={"base": 0.5, "chat": 0.25})
-    assert_speaks(out, TEXTS[:2])
+    assert_speaks(out, PLAIN)
 
 
 def test_the_tokenizer_of_a_model_comes_with_its_files_template_and_ids(models: Path, tmp_path: Path) -> None:
     out, _ = merged(models, tmp_path, tokenizer_source=str(models / "chat"), base_model=str(models / "base"))
     assert read_files(out) == read_files(models / "chat")
-    found = rows_of(out)[EMBED]
-    base, chat = (rows_of(models / name)[EMBED] for name in ("base", "chat"))
+    found = rows_of(out)
+    base, chat = (rows_of(models / name) for name in ("base", "chat"))
     assert all(torch.equal(row, base.get(token, chat[token])) for token, row in found.items())
     for name in ("config.json", "generation_config.json"):
         config = json.loads((out / name).read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (ids(CHAT)["<s>"], ids(CHAT)["</s>"])
-    assert assert_speaks(out).chat_template == TEMPLATE
+    assert assert_speaks(out, TEXTS).chat_template == TEMPLATE
 
 
 def test_an_id_whose_token_is_gone_is_that_of_the_tokenizer_s_model(models: Path, tmp_path: Path) -> None:
@@ -128,7 +86,7 @@ def test_an_id_whose_token_is_gone_is_that_of_the_tokenizer_s_model(models: Path
         config = json.loads((out / name).read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (ids(BASE)["<s>"], ids(BASE)["</s>"])
     assert not [note for note in answer["notes"] if "by hand" in note]
-    assert assert_speaks(out, TEXTS[:2]).chat_template is None
+    assert assert_speaks(out, PLAIN).chat_template is None
 
 
 def test_truncate_takes_the_rows_that_all_have_and_the_base_s_files(tmp_path: Path) -> None:
@@ -139,7 +97,7 @@ def test_truncate_takes_the_rows_that_all_have_and_the_base_s_files(tmp_path: Pa
     wanted = [load_tensors(models / name)[EMBED][:300] for name in ("base", "chat")]
     assert torch.equal(load_tensors(out)[EMBED], 0.5 * wanted[0] + 0.5 * wanted[1])
     assert read_files(out) == read_files(models / "base")
-    assert_speaks(out, TEXTS[:2])
+    assert_speaks(out, PLAIN)
 
 
 def test_rows_are_rounded_up_with_the_mean_of_the_rows(models: Path, tmp_path: Path) -> None:
@@ -149,7 +107,7 @@ def test_rows_are_rounded_up_with_the_mean_of_the_rows(models: Path, tmp_path: P
     assert len(table) > count
     mean = table[:count].double().mean(0)
     assert torch.allclose(table[count:].double(), mean.expand(len(table) - count, -1), atol=1e-6)
-    assert_speaks(out)
+    assert_speaks(out, TEXTS)
 
 
 def test_single_tokens_come_from_where_the_recipe_says(models: Path, tmp_path: Path) -> None:
@@ -163,7 +121,7 @@ def test_single_tokens_come_from_where_the_recipe_says(models: Path, tmp_path: P
     }
     for weights, name in (((1.0, 0.0), "base"), ((0.0, 1.0), "chat")):
         out, _ = merged(models, tmp_path / name, tokenizer={"source": "union", "tokens": rules}, weights=weights)
-        found, table, theirs = rows_of(out)[EMBED], load_tensors(models / "chat")[EMBED], ids(CHAT)
+        found, table, theirs = rows_of(out), load_tensors(models / "chat")[EMBED], ids(CHAT)
         own = "<|im_start|>" if name == "chat" else "Ġthe"  # not forced: who has a row keeps it
         assert torch.equal(found["<|im_start|>"], table[theirs[own]])
         assert not found["<|im_end|>"].any()
@@ -179,7 +137,7 @@ def test_single_tokens_come_from_where_the_recipe_says(models: Path, tmp_path: P
 def test_a_chat_template_is_written_where_loaders_find_it(models: Path, tmp_path: Path, wish: str) -> None:
     out, _ = merged(models, tmp_path, tokenizer_source="base", chat_template=wish)
     assert ids(out) == ids(BASE)
-    template = assert_speaks(out, TEXTS[:1]).chat_template
+    template = assert_speaks(out, PLAIN).chat_template
     assert template == {"auto": TEMPLATE}.get(wish, template)
     assert ("<|im_start|>" in template) == (wish == "chatml")
     listed = json.loads((out / "kittybuild.json").read_text())["manifest"]["files"]
@@ -192,7 +150,7 @@ def test_a_chat_template_needs_no_other_tokenizer(models: Path, tmp_path: Path) 
     text = str(Path(text).write_text(Path(text).read_text().replace(str(models / "chat"), str(again)))) and text
     build(text, "-o", tmp_path / "out", "--store", tmp_path / "store")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (models / "base/tokenizer.json").read_bytes()
-    assert "<|im_start|>" in assert_speaks(tmp_path / "out", TEXTS[:1]).chat_template
+    assert "<|im_start|>" in assert_speaks(tmp_path / "out", PLAIN).chat_template
 
 
 def test_unequal_vocabularies_need_a_word_and_each_line_of_the_hint_is_one(models: Path, tmp_path: Path) -> None:
@@ -274,7 +232,7 @@ def test_stages_hand_their_tokenizer_on(models: Path, tmp_path: Path) -> None:
     assert read_files(tmp_path / "again") == read_files(tmp_path / "both")
     assert len(load_tensors(tmp_path / "again")[EMBED]) == len(ids(tmp_path / "both"))
     assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "both/config.json").read_bytes()
-    assert "<|im_start|>" in assert_speaks(tmp_path / "again").chat_template
+    assert "<|im_start|>" in assert_speaks(tmp_path / "again", TEXTS).chat_template
 
 
 def test_slices_and_tied_weights_have_one_vocabulary(tmp_path: Path) -> None:
@@ -294,7 +252,7 @@ def test_slices_and_tied_weights_have_one_vocabulary(tmp_path: Path) -> None:
     for token, number in ids(tmp_path / "out").items():
         name, files = ("base", BASE) if token in ids(BASE) else ("chat", CHAT)
         assert torch.equal(found[number], tables[name][ids(files)[token]])
-    assert_speaks(tmp_path / "out")
+    assert_speaks(tmp_path / "out", TEXTS)
 
 
 def test_what_models_disagree_on_is_told_by_plan_and_build(models: Path, tmp_path: Path) -> None:
