@@ -48,7 +48,7 @@ class ModelFiles:
         return value if isinstance(value, dict) else {}
 
     def facts(self, view: View, *, spoken: bool) -> Facts:
-        """What models of a merge are compared by; with `spoken`, chat template and eos token, too."""
+        """What models of a merge are compared by; with `spoken`, by how they speak, too."""
         template = eos = None
         if spoken:
             try:
@@ -59,7 +59,9 @@ class ModelFiles:
             except SourceError:  # whoever uses these files will say so
                 pass
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        return Facts(view.config or {}, self.generation(view), template, eos if isinstance(eos, str) else None)
+        return Facts(
+            view.config or {}, self.generation(view) if spoken else {}, template, eos if isinstance(eos, str) else None
+        )
 
 
 def companion_names(stage: StagePlan, sources: Sources) -> tuple[str, ...]:

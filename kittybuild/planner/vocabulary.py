@@ -69,7 +69,7 @@ def aligned(stage: MergeStage, view: Callable[[ModelRef], View], files: ModelFil
     try:
         if request is None or not merge.has_tables(request):
             result = Aligned(models, notes=() if merge.rules.peer else merge.check_equal())
-            return merge.with_template(result, merge.donor, merge.files_of(merge.donor))
+            return merge.with_template(result, merge.donor)
         return merge.carried_out(request, builders)
     except KittybuildError as error:
         error.at = error.at or str((stage.tokenizer or stage).at)
@@ -104,7 +104,9 @@ class _Merge:
 
     def check_equal(self) -> tuple[str, ...]:
         """Notes, where nothing is asked for. Raises PlanError KB330 where the tables cannot be merged row by row."""
-        files = {ref: self._files.of(self.models[ref], FILES) for ref in self.rows}
+        if self._one_donor() and len(set(self.rows.values())) == 1:
+            return ()
+        files = {ref: self._files.of(self.models[ref], (*FILES, *UNREAD)) for ref in self.rows}
         if all(self._same(ref, self.donor, files) for ref in files):
             return ()
         known: dict[str, Vocabulary] = {}
@@ -120,6 +122,11 @@ class _Merge:
             raise problem
         return tuple(f"{self.stage.at}: {note}" for note in notes)
 
+    def _one_donor(self) -> bool:
+        """Whether all models have the files of one, so that there is nothing to compare."""
+        first = self.models[self.donor]
+        return all((model.donor, model.files) == (first.donor, first.files) for model in self.models.values())
+
     def _same(self, ref: ModelRef, other: ModelRef, files: Mapping[ModelRef, Mapping[str, bytes]]) -> bool:
         return self.rows[ref] == self.rows.get(other) and files[ref] == files.get(other)
 
@@ -130,7 +137,7 @@ class _Merge:
         known, notes = read_all(files, self.rows, self.stage.base, by_row=by_row)
         if not known:
             if request == BASE and len(set(self.rows.values())) == 1:
-                return self.with_template(Aligned(self.models), self.donor, files[self.donor])
+                return self.with_template(Aligned(self.models), self.donor)
             if not by_row:
                 hint = "put its tokenizer files into its folder, or write `tokenizer_source: truncate`"
                 raise PlanError("KB332", f"{self.donor} has no tokenizer", hint=hint)
@@ -188,9 +195,17 @@ class _Merge:
             found.append(table)
         return tuple(found)
 
-    def with_template(self, result: Aligned, lead: ModelRef, wanted: dict[str, bytes]) -> Aligned:
-        """`result` with the files that the output has: `wanted` are its tokenizer's, with the template of the lead."""
-        wish, notes = self.stage.chat_template, list(result.notes)
+    def with_template(self, result: Aligned, lead: ModelRef, wanted: dict[str, bytes] | None = None) -> Aligned:
+        """`result` with the files that the output has: `wanted` are its tokenizer's, with the template of the lead.
+
+        None: they are the donor's.
+        """
+        wish, notes, own = self.stage.chat_template, list(result.notes), self.models[self.donor].files
+        notes += self._disagreements(spoken=wish is None and lead == self.donor)
+        if wish is None and wanted is None:
+            return replace(result, files={**own, **result.files}, notes=tuple(notes))
+        before = self.files_of(self.donor)
+        wanted = before if wanted is None else wanted
         if wish:
             templates = {str(ref): chat.read_template(self.files_of(ref), str(ref)) for ref in self.models}
             template = chat.chosen_template(wish.wish, templates, wish.at)
@@ -198,13 +213,11 @@ class _Merge:
                 notes.append(f"{wish.at}: the output has no tokenizer, and so no chat template")
             elif template is not None:
                 wanted = wanted | chat.with_template(wanted, template, str(lead))
-        notes += self._disagreements(spoken=wish is None and lead == self.donor)
-        before = self.files_of(self.donor)
         changed = {name: wanted.get(name) for name in NAMES if wanted.get(name) != before.get(name)}
-        files = {**self.models[self.donor].files, **result.files, **changed}
-        return replace(result, files=files, notes=tuple(notes))
+        return replace(result, files={**own, **result.files, **changed}, notes=tuple(notes))
 
     def _disagreements(self, *, spoken: bool) -> list[str]:
+        spoken = spoken and not self._one_donor()
         facts = {str(ref): self._files.facts(model, spoken=spoken) for ref, model in self.models.items()}
         return [f"{self.stage.at}: {line}" for line in disagreements(facts, str(self.donor))]
 

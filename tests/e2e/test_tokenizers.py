@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,18 @@ def test_a_changed_weight_makes_only_what_hangs_on_it_again(models: Path, tmp_pa
     assert {name: data for name, data in contents(tmp_path / "out2").items() if name != "README.md"} == {
         name: data for name, data in before.items() if name != "README.md"
     }
+
+
+def test_a_build_with_nothing_to_do_loads_no_tokenizer(models: Path, tmp_path: Path) -> None:
+    text = recipe(models, tmp_path, tokenizer_source="union", chat_template="chatml")
+    args = ["build", text, "-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
+    build(*args[1:])
+    code = "import sys\nfrom kittybuild.cli import main\nmain(sys.argv[1:], standalone_mode=False)\n"
+    code += (
+        "print([name for name in ('torch', 'numpy', 'tokenizers', 'transformers', 'jinja2') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_another_tokenizer_file_is_another_build(models: Path, tmp_path: Path) -> None:
