@@ -50,8 +50,9 @@ bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and 
 	$(BIN)/python -m benchmarks.cold_linear --mergekit $(MERGEKIT)
 	$(BIN)/python -m benchmarks.incremental
 
-parity: venv $(MERGEKIT)/stamp  ## compare merges with mergekit 0.1.5, element by element (10 minutes)
+parity: venv $(MERGEKIT)/stamp  ## compare merges with mergekit 0.1.5, element by element (30 minutes)
 	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
+	$(BIN)/python -m tests.parity.tokens --mergekit $(MERGEKIT) --write tests/parity/TOKENS.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
 	rm -rf $(VENV) $(MERGEKIT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
