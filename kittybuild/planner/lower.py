@@ -1,4 +1,4 @@
-"""The whole recipe lowered to a Plan. Reads no file: the headers of all sources are given."""
+"""The whole recipe lowered to a Plan. The headers of all sources are given; of files, only small ones are read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage
 from kittybuild.planner.config import with_dtype
+from kittybuild.planner.files import ModelFiles
 from kittybuild.planner.lower_lora import lower_lora
 from kittybuild.planner.lower_merge import MergeLowering
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin
 from kittybuild.planner.modules import ModulesLowering
 from kittybuild.planner.views import Sources, View, need_adapter
+from kittybuild.planner.vocabulary import Aligned, aligned, without_tables
 from kittybuild.tensors import DType
 
 DEFAULT_SHARD = 1_000_000_000
@@ -101,6 +103,7 @@ class _Lowering:
         self.views: dict[str, View] = {}
         self.broken: set[str] = set()
         self.notes: list[str] = []
+        self.files = ModelFiles(sources)
 
     def all_of(self, wanted: Sequence[str]) -> None:
         """Lower these stages and what they need. Raises all problems at once."""
@@ -143,16 +146,18 @@ class _Lowering:
             return
         before = len(self.problems)
         if isinstance(stage, MergeStage):
+            models = self._aligned(stage)
             lowering = ModulesLowering if stage.modules else MergeLowering
             merge = lowering(
-                stage, self.view, self.builders, self.problems, self.recipe.seed, self.machine, self.derive
+                stage, models.view, self.builders, self.problems, self.recipe.seed, self.machine, self.derive
             )
             self.merges[stage.name] = merge
-            steps, donor = merge.steps(), merge.donor
+            steps, donor, files = merge.steps(), merge.donor, models.files
             config = merge.config() if len(self.problems) == before else None
-            self.notes += merge.notes
+            self.notes += [*merge.notes, *models.notes]
         else:
             donor = self.view(stage.base)
+            files = donor.files
             adapters = []
             for use in stage.adapters:
                 try:
@@ -167,10 +172,20 @@ class _Lowering:
             return
         config = config and _dtype_fixed(config, donor, steps)
         self.done[stage.name] = StagePlan(
-            stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep, allow_nan=stage.allow_nan
+            stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep, allow_nan=stage.allow_nan, files=files
         )
         tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
-        self.views[stage.name] = View(stage.name, tensors, donor.donor, config)
+        self.views[stage.name] = View(stage.name, tensors, donor.donor, config, files=files)
+
+    def _aligned(self, stage: MergeStage) -> Aligned:
+        """The models of a merge, with one vocabulary; as they are, where that cannot be had (noted)."""
+        try:
+            models = aligned(stage, self.view, self.files, self.builders)
+        except KittybuildError as error:
+            self.problems.append(error)
+            return Aligned({ref: without_tables(self.view(ref)) for ref in stage.references()})
+        self.done.update({tables.name: tables for tables in models.tables})
+        return models
 
     def derive(self, label: str, model: View, made: Mapping[str, Derivation]) -> Mapping[str, Input]:
         """Tensors that are made of a model's, in a stage of their own that nothing keeps."""

@@ -84,7 +84,7 @@ class MergeReport:
         if not self.shapes:
             return
         shown = [f"{name}: " + ", ".join(f"{m} {s}" for m, s in specs.items()) for name, specs in self.shapes.items()]
-        hint = "only tensors of one shape can be merged; where vocabularies differ, bring them to one size first"
+        hint = "only tensors of one shape can be merged; where vocabularies differ, name a `tokenizer_source`"
         if all(len({spec.shape for spec in specs.values()}) == 1 for specs in self.shapes.values()):
             hint = "integers are only taken over, where they are the same in all models"
         what = counted(len(self.shapes), "tensor")

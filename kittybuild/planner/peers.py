@@ -29,7 +29,8 @@ class Rules:
     unequal sizes are cut to what all have. `crops_to_base`: they are cut to the base's, and a model's other tensors of
     another shape are left out. `as_listed`: with that parameter given, the inputs go in as the text lists them, and the
     base is one of them. `numpy`: the arithmetic is numpy's, whose version counts. `tail`: where in a gradient stands
-    what follows the layers. `counts`: the tool computes with integers as well, where we take them over.
+    what follows the layers. `counts`: the tool computes with integers as well, where we take them over. `rebuilds`: it
+    makes the tokenizer of the base anew where none is asked for.
     """
 
     peer: bool = False
@@ -41,6 +42,7 @@ class Rules:
     as_listed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     numpy: frozenset[str] = frozenset()
     counts: bool = False
+    rebuilds: bool = False
 
     def promoted(self, method: str, specs: Sequence[TensorSpec], base: int | None, dtype: DType | None = None) -> DType:
         """The dtype of a peer's result. `base`: which of the inputs is the base; `dtype`: what all are cast to."""
@@ -91,6 +93,7 @@ _RULES: Mapping[str, Rules] = MappingProxyType(
             crops_to_base=_KITTY_DIFFERENCES,
             as_listed=MappingProxyType({"slerp": "t"}),
             counts=True,
+            rebuilds=True,
         ),
     }
 )

@@ -14,6 +14,7 @@ from kittybuild.digest import Digest, tagged
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, to_json
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.peers import rules_of
+from kittybuild.planner.vocabulary import gathers, tables_stage
 
 
 def stage_keys(
@@ -66,7 +67,9 @@ class _Keys:
                 "stage": to_json(replace(stage, name="")),
                 "models": named,
             }
-            self.done[stage.name] = tagged("kittybuild.stage-content.v1", form)
+            key = self.done[stage.name] = tagged("kittybuild.stage-content.v1", form)
+            for ref in stage.references() if isinstance(stage, MergeStage) and gathers(stage) else ():
+                self.done[tables_stage(stage.name, ref)] = tagged("kittybuild.tables.v1", [key.hex, str(ref)])
         return self.done[stage.name]
 
     def model(self, ref: ModelRef) -> Digest:

@@ -24,7 +24,8 @@ from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
 class View:
     """A model: its tensors, the source that gives its companion files, and its config.json.
 
-    `encoded`: the names of source tensors that are decoded while they are read.
+    `encoded`: the names of source tensors that are decoded while they are read. `files`: companion files that it has
+    otherwise than that source (None: not at all).
     """
 
     label: str
@@ -32,6 +33,7 @@ class View:
     donor: str | None
     config: Mapping[str, Any] | None
     encoded: frozenset[str] = frozenset()
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

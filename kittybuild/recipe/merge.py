@@ -9,13 +9,15 @@ from typing import Any
 from kittybuild.errors import KittybuildError, RecipeError, nearest
 from kittybuild.model.method import Catalogue, Method, Param, find
 from kittybuild.model.recipe import At, Filtered, Given, MergeStage, ModelRef, ModelUse, Module, Slice
+from kittybuild.model.tokenizer import ChatTemplate
 from kittybuild.recipe.reference import parse_reference
 from kittybuild.recipe.schema import MergeText, ModuleText, SliceText, StateDictText
 from kittybuild.recipe.settings import entries, parse_entry, scalars
+from kittybuild.recipe.tokenizer import read_tokenizer
 from kittybuild.recipe.yamltext import Document, Path
 
 Problems = list[KittybuildError]
-CONTENTS = frozenset({"models", "slices", "modules"})
+CONTENTS = ("models", "slices", "modules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,11 @@ class Scope:
 
 def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     """The stage, without name and dtypes; None where its method is unknown (noted)."""
-    _not_yet(form, scope)
     if scope.strict and form.name is not None:
         scope.fail("KB102", "unknown key 'name'", scope.at("name"), "a stage has the name that it stands under")
     method = _method(form.merge_method, scope, "merge_method")
     given = [key for key in CONTENTS if getattr(form, key)]
-    if len(given) != 1 and not CONTENTS & scope.left_out:
+    if len(given) != 1 and not scope.left_out.intersection(CONTENTS):
         found, hint = (
             (" and ".join(given), "keep one of them") if given else ("none", "list the models under `models:`")
         )
@@ -78,6 +79,7 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
     used = tuple({one.name: one for methods, _ in found_in for one in methods if one}.values())
     unknown = any(one is None for methods, _ in found_in for one in methods)
     parameters = _parameters(form.parameters, scope, () if unknown else used, ("parameters",), shared=True)
+    tokenizer = read_tokenizer(form, scope.document, scope.path, scope.problems)
     if method is None:
         return None
     for methods, contents in found_in:
@@ -93,6 +95,9 @@ def merge_stage(form: MergeText, scope: Scope) -> MergeStage | None:
                 scope.fail("KB102", f"unknown key {key!r}", scope.at(key), "a state_dict stage merges whole files")
         rest |= {"tensors": form.tensors, "kind": "state_dict"}
     rest["modules"] = tuple(module for _, module in modules)
+    rest["tokenizer"] = tokenizer
+    if form.chat_template:
+        rest["chat_template"] = ChatTemplate(form.chat_template, scope.at("chat_template"))
     return MergeStage("", method.name, own.models, own.slices, base, parameters, **rest)
 
 
@@ -169,20 +174,6 @@ def _base_parameters(method: Method, uses: Sequence[ModelUse], base: ModelRef | 
     for name, given in use.parameters.items() if use else ():
         message = f"{name!r} has no effect on the base model: {method.name} works on differences from it"
         scope.without_effect(message, given.at, "take it out")
-
-
-def _not_yet(form: MergeText, scope: Scope) -> None:
-    """What mergekit knows and we do not build yet is an error, never ignored."""
-    later = {
-        "tokenizer_source": form.tokenizer_source not in (None, "base", form.base_model),
-        "tokenizer": form.tokenizer is not None,
-        "chat_template": form.chat_template is not None,
-    }
-    for key, used in later.items():
-        if used:
-            scope.fail(
-                "KB109", f"{key!r} is not built yet", scope.at(key), "the base model's tokenizer is taken as it is"
-            )
 
 
 def _use(item: Any, scope: Scope, method: Method | None, *path: str | int) -> ModelUse | None:

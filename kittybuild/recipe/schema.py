@@ -67,6 +67,21 @@ class _StageText(_Text):
     allow_nan: StrictBool | None = None
 
 
+class TokenRuleText(_Text):
+    """`tokenizer.tokens.TOKEN`; the mapping forms of `source` are told apart by their `kind`."""
+
+    source: ReferenceText | None = None
+    force: StrictBool = False
+
+
+class TokenizerText(_Text):
+    """`tokenizer` of a merge."""
+
+    source: ReferenceText = "union"
+    tokens: dict[str, TokenRuleText] | None = None
+    pad_to_multiple_of: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
 class MergeText(_StageText):
     """A merge stage, or a bare mergekit configuration (with `name` in a file of several documents)."""
 
@@ -81,9 +96,9 @@ class MergeText(_StageText):
     parameters: dict[str, Any] | None = None
     ignore: list[Words] = Field(default_factory=list)
     take: Literal["base"] | None = None
-    tokenizer_source: Any = None
-    tokenizer: Any = None
-    chat_template: StrictStr | None = None
+    tokenizer_source: ReferenceText | None = None
+    tokenizer: TokenizerText | None = None
+    chat_template: Words | None = None
 
 
 class StateDictText(MergeText):
@@ -222,6 +237,7 @@ _WANTED: Mapping[str, str] = MappingProxyType(
         "float_type": "a number",
         "float_parsing": "a number",
         "finite_number": "a finite number",
+        "greater_than_equal": "a number of at least 1",
         "list_type": "a list: lines that start with '- '",
         "dict_type": "keys with values, one below the other",
         "model_type": "keys with values, one below the other",

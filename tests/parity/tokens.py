@@ -41,9 +41,10 @@ HEAD = (
     "# Tables by token, kittybuild and mergekit 0.1.5",
     "",
     "Written by `python -m tests.parity.tokens`, whose docstring says what counts as equal. Each case compares",
-    "embedding and head of every model of the merge, aligned to the output's vocabulary, row by row.",
+    "embedding and head of every model of the merge, aligned to the output's vocabulary, row by row. Cases of real",
+    "tokenizers are run with `--real`.",
     "",
-    "| models | case | verdict |",
+    "| tables | case | verdict |",
     "|---|---|---|",
 )
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")

@@ -265,6 +265,11 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 
+def test_the_keys_of_a_tokenizer_are_those_of_the_schema() -> None:
+    keys = first_words(section(page("tokenizers.md"), "Keys of a tokenizer"))
+    assert keys == [*schema.TokenizerText.model_fields, *schema.TokenRuleText.model_fields]
+
+
 def test_the_dtypes_are_all_there() -> None:
     line = next(line for line in section(page("recipe.md"), "Dtypes").splitlines() if line.startswith("The words are"))
     assert set(words(line)) - {"torch."} == {dtype.torch_name for dtype in tensors.DType if dtype.is_float}

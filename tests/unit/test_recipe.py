@@ -212,7 +212,6 @@ BAD = [
     ("KB106", "{merge_method: passthrough, models: [{model: a, parameters: {▸scale: big}}]}"),
     ("KB107", f"kittybuild: 1\nstages: {{s: {ONE}}}\noutputs: {{▸t: {{folder: out}}}}"),
     ("KB108", "▸merge_method: passthrough"),
-    ("KB109", "{merge_method: passthrough,\n tokenizer: ▸{source: union}, models: [{model: a}]}"),
     ("KB103", f"kittybuild: 1\nsources: {{a: ▸{{hub: just-a-name}}}}\nstages: {{s: {ONE}}}"),
     ("KB103", f"kittybuild: 1\nsources: {{a: ▸{{hub: org/a, path: a}}}}\nstages: {{s: {ONE}}}"),
     ("KB110", f"kittybuild: 1\nsources: {{s: {{path: a}}}}\nstages: {{▸s: {ONE}}}"),
@@ -238,7 +237,7 @@ def test_an_empty_recipe_says_how_to_start() -> None:
 
 def test_each_kind_of_error_in_a_text_is_tested() -> None:
     codes = {code for code, _ in BAD}
-    assert codes == {f"KB{number}" for number in range(101, 115)}
+    assert codes == {f"KB{number}" for number in range(101, 115) if number != 109}  # KB109 is no longer there
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_text() -> None:
