@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -15,6 +16,7 @@ from functools import partial
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
+from kittybuild.digest import Digest
 from kittybuild.errors import BuildError, KittybuildError
 from kittybuild.executor.budget import Budget
 from kittybuild.executor.crew import Crew
@@ -75,7 +77,7 @@ Ran = tuple[dict[str, StageResult], Amounts]
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is to be built, and with what; `results` count over all attempts."""
+    """What is to be built, and with what; `results` count over all attempts, `costs` are seconds by tensor."""
 
     known: Known
     store: Store
@@ -84,6 +86,7 @@ class _Job:
     workers: Workers
     events: Events
     results: dict[str, StageResult]
+    costs: dict[Digest, float] = field(default_factory=dict)
 
 
 def run(known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
@@ -134,6 +137,7 @@ def _remember(known: Known, job: _Job) -> None:
     for given, ref in known.contents():
         job.known.learn(given, ref)
     remember_sources(known, job.store)
+    job.store.set_costs(job.costs)
 
 
 class _Run:
@@ -141,7 +145,7 @@ class _Run:
 
     def __init__(self, job: _Job, known: Known, files: Files, crew: Crew) -> None:
         self.known, self.store, self.events, self.crew, self.results = known, job.store, job.events, crew, job.results
-        self.workers = job.workers
+        self.workers, self.costs = job.workers, job.costs
         self.budget = Budget(job.limits.memory)
         share = self.budget.total // job.limits.jobs
         self.realiser = Realiser(known, job.store, job.builders, job.workers, files, share)
@@ -242,7 +246,9 @@ class _Run:
             self._copy(writer, name, self.known.ref(step, stage.name, name))
         elif isinstance(step, Derivation):
             with self.budget.admit(self.realiser.cost(step)):
+                begun = time.monotonic()
                 made = self.realiser.make(f"{stage.name}: {name}", step, writer.place(name))
+                self.costs[made.ref.digest] = time.monotonic() - begun
             self.known.learn(tensor, made.ref)
             self._done(stage, writer, name, made, result)
         else:

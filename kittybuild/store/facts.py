@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from kittybuild.digest import Digest, Json
@@ -21,6 +21,7 @@ _LOCATION = "location"
 _MEMO = "memo"
 _SHORTCUT = "shortcut"
 _NONFINITE = "nonfinite"
+_COST = "cost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,12 @@ class Location:
 
 
 class Facts:
-    """The typed view of the index."""
+    """The typed view of the index. `touched`: the files in which tensors were found."""
 
     def __init__(self, index: Index, layout: Layout) -> None:
         self._index = index
         self._layout = layout
+        self.touched: set[str] = set()
 
     def realisations(self, keys: Iterable[Digest]) -> dict[Digest, TensorRef]:
         """The tensors that derivations are known to make; only the known ones."""
@@ -69,6 +71,7 @@ class Facts:
                 sizes[location.path] = _size(location.path)
             if location.offset + location.nbytes <= sizes[location.path]:
                 alive[Digest(digest)] = location
+        self.touched.update(location.path for location in alive.values())
         return alive
 
     def set_locations(self, facts: Mapping[Digest, Location]) -> None:
@@ -83,6 +86,26 @@ class Facts:
         """All locations that point into one file, whether it is there or not."""
         rows = ((Digest(digest), self._location(value)) for digest, value in self._index.iterate(_LOCATION))
         return {digest: at for digest, at in rows if at is not None and at.path == path}
+
+    def located_in_any(self, paths: Collection[str]) -> set[Digest]:
+        """The tensors whose location is in one of these files."""
+        rows = ((Digest(digest), self._location(value)) for digest, value in self._index.iterate(_LOCATION))
+        return {digest for digest, at in rows if at is not None and at.path in paths}
+
+    def checksums(self, digests: Iterable[Digest]) -> dict[Digest, str]:
+        """The XXH3-64 of tensors where that is known, wherever they lie or lay."""
+        found = self._index.get_many(_LOCATION, (digest.hex for digest in digests))
+        places = ((digest, self._location(value)) for digest, value in found.items())
+        return {Digest(digest): at.xxh3 for digest, at in places if at is not None and at.xxh3 is not None}
+
+    def costs(self, digests: Iterable[Digest]) -> dict[Digest, float]:
+        """How many seconds it took to make tensors; only the known ones."""
+        found = self._index.get_many(_COST, (digest.hex for digest in digests))
+        return {Digest(digest): value / 1e6 for digest, value in found.items() if isinstance(value, int)}
+
+    def set_costs(self, facts: Mapping[Digest, float]) -> None:
+        """Record how many seconds it took to make tensors."""
+        self._index.put_many(_COST, {digest.hex: round(seconds * 1e6) for digest, seconds in facts.items()})
 
     def forget_locations(self, digests: Iterable[Digest]) -> None:
         """Forget where tensors lie."""

@@ -26,6 +26,11 @@ class Layout:
         return os.path.join(self.root, "FORMAT")
 
     @property
+    def reserve(self) -> str:
+        """The file that is deleted when the disk is full."""
+        return os.path.join(self.root, "reserve")
+
+    @property
     def folders(self) -> tuple[str, ...]:
         """Every folder that a new store has."""
         names = ("packs", "files", "index", "manifests", "roots", "tmp", "locks")
