@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kittybuild.cli.common import JSON, STORE, Duration, Found, amount, answers
+from kittybuild.cli.common import JSON, STORE, Duration, Found, amount, answers, store_folder
 from kittybuild.cli.store_open import existing
 from kittybuild.errors import KittybuildError, StoreError
 from kittybuild.store.store import Damage, Extent, Root, Store
@@ -59,10 +59,12 @@ def check(store: str | None, full: bool, sample: float, older_than: float, as_js
 @answers
 def repair(store: str | None, full: bool, no_build: bool, as_json: bool) -> dict[str, Any]:
     """Set aside what is damaged, and make it again: from other copies, else by building; else name what is hurt."""
+    mended = Store.mend_format(store_folder(store, None))
     with existing(store, to_clean=True) as opened:
         done = opened.repair(Extent(full))
         built, hurt = _build(opened, done.hurt, wanted=not no_build)
     document = {
+        "format_mended": mended,
         "damage": _shown(done.damage),
         "whole": [digest.hex for digest in done.whole],
         "built": [_output(root) for root in built],

@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from kittybuild.digest import Digest
 from kittybuild.errors import StoreError
 from kittybuild.store.inside import Inside
 from kittybuild.store.journal import Finished
 from kittybuild.store.layout import JOURNAL, PART, TEMPORARY, stored_digests
+from kittybuild.store.pack import PackLayout
 from kittybuild.store.packs import named_pack, place
 from kittybuild.store.problems import FULL, DamagedTensor
 from kittybuild.store.usage import Kept, kept
@@ -70,20 +72,20 @@ class Pack:
     own: tuple[tuple[str, TensorRef], ...]
     seconds: float
 
-    @property
-    def worth(self) -> int:
-        """The bytes worth keeping."""
-        return sum(ref.spec.nbytes for _, ref in self.own)
+    @cached_property
+    def anew(self) -> int:
+        """The bytes of a pack with only what is worth keeping."""
+        return PackLayout.of((name, ref.spec) for name, ref in self.own).size
 
     @property
     def mostly_dead(self) -> bool:
         """Whether most of its bytes are not worth keeping."""
-        return 2 * self.worth < self.size
+        return 2 * self.anew < self.size
 
     @property
     def stays(self) -> int:
         """The bytes that it takes when it is kept, written anew if it is mostly dead."""
-        return self.worth if self.mostly_dead else self.size
+        return self.anew if self.mostly_dead else self.size
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class GcPlan:
     @property
     def freed(self) -> int:
         """The bytes that the disk has more afterwards."""
-        return sum(doomed.freed for doomed in self.delete) + sum(p.freed - p.worth for p in self.repack if p.freed)
+        return sum(doomed.freed for doomed in self.delete) + sum(p.freed - p.anew for p in self.repack if p.freed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,9 @@ def collect(inside: Inside, plan: GcPlan) -> Collected:
     """Delete what the plan lists. Nobody else may have the store open; and it may be cut short anywhere."""
     packs = [doomed for doomed in plan.delete if doomed.kind == "pack" and doomed.digest is not None]
     gone = {doomed.path for doomed in plan.delete}
-    lost = inside.facts.located_in_any(gone)
-    inside.facts.forget_locations(lost)
+    # Before anything is forgotten, so that at no moment a tensor seems lost that lies elsewhere too.
+    inside.packs.locate_again(inside.facts.located_in_any(gone), but_not=gone)
+    inside.facts.forget_locations(inside.facts.located_in_any(gone))
     inside.packs.forget(doomed.digest for doomed in packs if doomed.digest)
     inside.content.forget([doomed.digest for doomed in plan.delete if doomed.kind == "manifest" and doomed.digest])
     inside.packs.sync()
@@ -151,7 +154,6 @@ def collect(inside: Inside, plan: GcPlan) -> Collected:
         folders.add(os.path.dirname(doomed.path))
     for folder in sorted(folders):
         inside.disk.sync_dir(folder)
-    inside.packs.locate_again(lost)
     return Collected(len(plan.delete), sum(doomed.freed for doomed in plan.delete))
 
 

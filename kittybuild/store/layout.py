@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from kittybuild.digest import Digest
 
-FORMAT = "kittybuild-store 1\n"
-
 PART = ".part"
 JOURNAL = ".journal"
 TEMPORARY = ".tmp"

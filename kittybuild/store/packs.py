@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from kittybuild.digest import Digest, Json
 from kittybuild.errors import StoreError
@@ -113,15 +113,22 @@ class Packs:
         for kind in (_PACK, _USED, "checked") if digests is not None else (_PACK,):
             self._index.delete(kind, keys)
 
-    def locate_again(self, wanted: Iterable[Digest]) -> None:
-        """Look for tensors in the headers of all packs, and record where they lie."""
+    def locate_again(self, wanted: Iterable[Digest], but_not: Collection[str] = ()) -> None:
+        """Look for tensors in the headers of all packs but those at some paths, and record where they lie."""
         missing = set(wanted)
+        checksums = self._facts.checksums(missing)
         for digest, path in stored_digests(self._layout.packs, _SUFFIX) if missing else ():
+            if path in but_not:
+                continue
             try:
                 layout, refs = named_pack(path, digest)
             except (StoreError, FileNotFoundError):
                 continue
-            held = [entry for entry in _entries(refs) if entry.ref.digest in missing]
+            held = [
+                Finished(name, ref, checksums.get(ref.digest), None)
+                for name, ref in refs.items()
+                if ref.digest in missing
+            ]
             self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in held})
             missing -= {entry.ref.digest for entry in held}
 

@@ -17,13 +17,14 @@ from kittybuild.model.manifest import Manifest
 from kittybuild.store.check import Checked, Damage, Extent, check
 from kittybuild.store.disk import Disk
 from kittybuild.store.facts import Location
+from kittybuild.store.format import DELETE, USE, VERSION, Format, checked_format, mend_format, migrate
 from kittybuild.store.gc import Collected, GcPlan, Policy, collect, plan_gc, repack
 from kittybuild.store.index import Index
 from kittybuild.store.info import StoreInfo, store_info
 from kittybuild.store.inside import Inside
-from kittybuild.store.layout import FORMAT, Layout
-from kittybuild.store.locks import held, release, take
-from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded, other_format
+from kittybuild.store.layout import Layout
+from kittybuild.store.locks import convert, held, release, take
+from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded
 from kittybuild.store.repair import Repaired, repair
 from kittybuild.store.reserve import free_reserve, make_reserve
 from kittybuild.store.roots import Root
@@ -79,11 +80,13 @@ class Store:
         `to_clean`: give back the reserve first, so that it works on a full disk. `collect` makes it again.
         """
         disk, paths = disk or Disk(), Layout(os.path.abspath(root))
+        operation = DELETE if to_clean else USE
+        _prepare(disk, paths, operation)
         if to_clean:
             free_reserve(disk, paths)
-        _prepare(disk, paths)
         lock = take(disk, paths.lock("store"), exclusive=False, patience=PATIENCE)
         try:
+            checked_format(paths, operation)  # it may have been migrated while we waited
             with held(disk, paths.lock("index"), exclusive=True, patience=PATIENCE):
                 store = cls(disk, paths, _open_index(disk, paths), lock)
                 store._complete()
@@ -91,6 +94,11 @@ class Store:
             release(disk, paths.lock("store"), lock)
             raise
         return store
+
+    @classmethod
+    def mend_format(cls, root: str, *, disk: Disk | None = None) -> bool:
+        """Write the file FORMAT anew if it is damaged or lost; whether that was needed."""
+        return mend_format(disk or Disk(), root)
 
     @classmethod
     def exists(cls, root: str) -> bool:
@@ -252,6 +260,7 @@ class Store:
         Packs of which little is worth keeping are written anew, smaller, before they are deleted.
         """
         with guarded("collect in", self.root):
+            checked_format(self._paths, DELETE)
             with self._alone(patience):
                 first = plan_gc(self._inside, policy)
                 done = collect(self._inside, first)
@@ -299,15 +308,13 @@ class Store:
     @contextmanager
     def _alone(self, patience: float) -> Iterator[None]:
         """Be the only one that has the store open: what others may use can be deleted."""
+        assert self._lock is not None  # the store is open
         path = self._paths.lock("store")
-        if self._lock is not None:
-            lock, self._lock = self._lock, None
-            release(self.disk, path, lock)
         try:
-            with held(self.disk, path, exclusive=True, patience=patience):
-                yield
+            convert(path, self._lock, exclusive=True, patience=patience)
+            yield
         finally:
-            self._lock = take(self.disk, path, exclusive=False, patience=PATIENCE)
+            convert(path, self._lock, exclusive=False, patience=PATIENCE)
 
     @contextmanager
     def output_lock(self, folder: str) -> Iterator[None]:
@@ -317,17 +324,17 @@ class Store:
             yield
 
 
-def _prepare(disk: Disk, paths: Layout) -> None:
+def _prepare(disk: Disk, paths: Layout, operation: str) -> None:
     """See that the folder is a store of our format, and make what is missing of it."""
     try:
-        found = _format(paths)
-        if found is not None and found != FORMAT.encode():
-            raise other_format(paths.root, found[:40].decode(errors="replace").strip(), FORMAT.strip())
+        found = checked_format(paths, operation)
         for folder in (paths.root, *paths.folders):
             disk.makedirs(folder)
         if found is None:
             make_reserve(disk, paths)
-            disk.write_file(paths.format, FORMAT.encode(), mode=0o644)
+            disk.write_file(paths.format, Format().to_bytes(), mode=0o644)
+        elif found.version < VERSION:
+            migrate(disk, paths, PATIENCE)
         disk.close(disk.open_lock(paths.lock("store")))
     except OSError as error:
         refused = error.errno in _REFUSED
@@ -337,14 +344,6 @@ def _prepare(disk: Disk, paths: Layout) -> None:
 def _open_index(disk: Disk, paths: Layout) -> Index:
     with guarded("open the index", paths.index):
         return Index.open(paths.index, disk, lambda: _move_aside(disk, paths))
-
-
-def _format(paths: Layout) -> bytes | None:
-    try:
-        with open(paths.format, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
 
 
 def _move_aside(disk: Disk, paths: Layout) -> None:
