@@ -1,7 +1,7 @@
 """Claims: who makes a derivation just now, so that no two processes make the same at once.
 
-A claim is a lock on one byte of a file, at a place that follows from what is claimed; the kernel frees it when its holder
-dies, whatever happened to it. Claims save work and guard nothing: two that meet in one byte wait for each other once.
+A claim is a lock on one byte of a file, at a place that follows from what is claimed; the kernel frees it when its
+holder dies. Claims save work and guard nothing: two that meet in one byte wait for each other once.
 """
 
 from __future__ import annotations

@@ -116,6 +116,19 @@ class Facts:
         rows = self._index.iterate(_MEMO, f"{file_key.hex}/")
         return {json.loads(key.partition("/")[2]): Digest(str(value)) for key, value in rows}
 
+    def some_memos(self, wanted: Iterable[tuple[Digest, str]]) -> dict[tuple[Digest, str], Digest]:
+        """What is known of some tensors, by source file and name."""
+        keys = {f"{file.hex}/{json.dumps(name)}": (file, name) for file, name in wanted}
+        return {keys[key]: Digest(str(value)) for key, value in self._index.get_many(_MEMO, keys).items()}
+
+    def announce(self, places: Mapping[Digest, Location], memos: Mapping[tuple[Digest, str], Digest]) -> None:
+        """Record at once where new tensors lie, and what was learned of the sources that they were made of."""
+        with self._index.together():
+            known = self.locations(places)
+            self.set_locations({digest: place for digest, place in places.items() if digest not in known})
+            rows = {f"{file.hex}/{json.dumps(name)}": digest.hex for (file, name), digest in memos.items()}
+            self._index.put_many(_MEMO, rows)
+
     def remember(self, file_key: Digest, facts: Mapping[str, Digest]) -> None:
         """Add to what is known of one source file."""
         # A row for each tensor, so that a build may add them one by one; the name as JSON, so that any name is a key.

@@ -134,6 +134,12 @@ class Index:
             self._set(kind, {key: value for key, value in facts.items() if key not in known})
         return {key: value for key, value in known.items() if value != facts[key]}
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All that is stored in this block, or nothing."""
+        with self._guard(), self._cache.transact():
+            yield
+
     def delete(self, kind: str, keys: Collection[str]) -> None:
         """Forget the facts; absent is fine."""
         if keys:

@@ -15,6 +15,7 @@ from types import TracebackType
 from kittybuild.digest import Digest, tagged
 from kittybuild.model.manifest import Manifest
 from kittybuild.store.check import Checked, Damage, Extent, check
+from kittybuild.store.claims import Claims
 from kittybuild.store.disk import Disk
 from kittybuild.store.facts import Location
 from kittybuild.store.format import DELETE, USE, VERSION, Format, checked_format, mend_format, migrate
@@ -64,6 +65,7 @@ class Store:
         self.root = paths.root
         self._paths = paths
         self._lock: int | None = lock
+        self.claims = Claims(disk, paths)
         self._use(index)
 
     def _use(self, index: Index) -> None:
@@ -111,6 +113,7 @@ class Store:
             lock, self._lock = self._lock, None
             with guarded("close", self.root):
                 self._packs.note_used()
+                self.claims.close()
                 self._unfinished.close()
                 self._index.close()
                 self.disk.close(lock)
@@ -160,6 +163,10 @@ class Store:
     def memos(self, file_key: Digest) -> dict[str, Digest]:
         """What is known of the tensors in one source file: name -> digest."""
         return self._facts.memos(file_key)
+
+    def some_memos(self, wanted: Iterable[tuple[Digest, str]]) -> dict[tuple[Digest, str], Digest]:
+        """What is known of some source tensors, by file key and name; only the known ones."""
+        return self._facts.some_memos(wanted)
 
     def remember(self, file_key: Digest, facts: Mapping[str, Digest]) -> None:
         """Add to what is known of one source file."""
