@@ -107,6 +107,11 @@ class Facts:
         """Record how many seconds it took to make tensors."""
         self._index.put_many(_COST, {digest.hex: round(seconds * 1e6) for digest, seconds in facts.items()})
 
+    def forget_located_in(self, paths: Collection[str]) -> None:
+        """Forget the locations in some files; not those that another process has just set to a better place."""
+        with self._index.together():
+            self.forget_locations(self.located_in_any(paths))
+
     def forget_locations(self, digests: Iterable[Digest]) -> None:
         """Forget where tensors lie."""
         self._index.delete(_LOCATION, [digest.hex for digest in digests])

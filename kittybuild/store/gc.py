@@ -141,7 +141,7 @@ def collect(inside: Inside, plan: GcPlan) -> Collected:
     gone = {doomed.path for doomed in plan.delete}
     # Before anything is forgotten, so that at no moment a tensor seems lost that lies elsewhere too.
     inside.packs.locate_again(inside.facts.located_in_any(gone), but_not=gone)
-    inside.facts.forget_locations(inside.facts.located_in_any(gone))
+    inside.facts.forget_located_in(gone)
     inside.packs.forget(doomed.digest for doomed in packs if doomed.digest)
     inside.content.forget([doomed.digest for doomed in plan.delete if doomed.kind == "manifest" and doomed.digest])
     inside.packs.sync()

@@ -17,6 +17,8 @@ def make_reserve(disk: Disk, paths: Layout, size: int = SIZE) -> bool:
         return True
     try:
         disk.close(disk.create(paths.reserve, size))
+    except FileExistsError:  # another process was first
+        return True
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

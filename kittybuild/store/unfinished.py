@@ -85,7 +85,7 @@ class Unfinished:
         path = os.path.abspath(path)
         # Before anything is forgotten, so that at no moment a tensor seems lost that lies elsewhere too.
         self._packs.locate_again(self._facts.located_in(path), but_not=[path])
-        self._facts.forget_locations(self._facts.located_in(path))
+        self._facts.forget_located_in([path])
         aside = None
         with guarded("set aside", path):
             if path in self._adopted:
