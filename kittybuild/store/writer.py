@@ -225,15 +225,17 @@ class PackWriter:
         if (
             self._part.finished or self._told
         ):  # others may have been told that tensors lie there: the old name stays too
+            # Linked beside its place, then renamed: another process may just be putting the same pack there.
+            beside = os.path.join(os.path.dirname(path), f".{os.urandom(16).hex()}.tmp")
             try:
-                self._disk.unlink(path)  # at most a pack that lost its end
-                self._disk.link(self._part.path, path)
-                return
-            except FileExistsError:  # another process has just put the same pack there
-                return
+                self._disk.link(self._part.path, beside)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
+            else:
+                self._disk.rename(beside, path)
+                self._disk.unlink(beside)  # still there if both are names of one file already
+                return
         self._disk.rename(self._part.path, path)
 
     def _leave_part(self) -> None:
