@@ -264,7 +264,7 @@ def build(
     stages = {name: _report(manifest, computed[name], store) for name, manifest in manifests.items()}
     outputs = {}
     for name, folder in prepared.folders.items():
-        _publish(prepared, name, manifests[name], lock, store, builders)
+        _publish(prepared, name, manifests, lock, store, builders)
         shards = len(manifests[name].shards)
         outputs[name] = OutputReport(folder, written[name], shards - written[name])
     seconds = time.monotonic() - started
@@ -384,14 +384,18 @@ def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
     return tuple(found)
 
 
-def _publish(prepared: Prepared, name: str, manifest: Manifest, lock: bytes, store: Store, builders: Builders) -> None:
+def _publish(
+    prepared: Prepared, name: str, manifests: Mapping[str, Manifest], lock: bytes, store: Store, builders: Builders
+) -> None:
     from kittybuild.publish.folder import publish
     from kittybuild.publish.texts import folder_texts
 
-    folder = prepared.folders[name]
+    folder, manifest = prepared.folders[name], manifests[name]
     texts = folder_texts(prepared.recipe, name, manifest, json.loads(lock), folder, builders.methods())
     publish(manifest, folder, texts, store)
-    store.set_root(name, folder, manifest.digest)
+    # With all that a build with nothing to do looks for.
+    also = [Digest.of(lock), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
+    store.set_root(name, folder, manifest.digest, also, os.path.abspath(prepared.recipe.file))
 
 
 __all__ = [

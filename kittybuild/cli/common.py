@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -28,6 +28,21 @@ class Size(click.ParamType):  # type: ignore[type-arg]
             return parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """A time such as 30d, 12h or 45m, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        text = str(value)
+        unit = {"d": 86_400, "h": 3600, "m": 60, "s": 1}.get(text[-1:])
+        if unit is None or not text[:-1].isdecimal():
+            self.fail(f"{text!r} is not a time such as 30d, 12h or 45m", param, ctx)
+        return float(int(text[:-1]) * unit)
 
 
 STORE = click.option(
@@ -79,6 +94,14 @@ def _store_in(settings: str) -> str | None:
     return found.get("store")
 
 
+class Found(Problems):
+    """What a command was asked to look for, and found: problems, with the rest of its JSON document."""
+
+    def __init__(self, errors: Iterable[KittybuildError], document: dict[str, Any]) -> None:
+        super().__init__(errors)
+        self.document = document
+
+
 def answers(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
     """A command that returns its JSON document (printed with `--json`), and whose errors are printed and exit."""
 
@@ -103,7 +126,8 @@ def _fail(error: KittybuildError | None, as_json: bool) -> None:
         error.exit_status = INTERRUPTED
     errors = error.errors if isinstance(error, Problems) else (error,)
     if as_json:
-        click.echo(json.dumps({"ok": False, "errors": [one.to_json() for one in errors]}))
+        more = error.document if isinstance(error, Found) else {}
+        click.echo(json.dumps({**more, "ok": False, "errors": [one.to_json() for one in errors]}))
     for one in errors:
         click.echo(click.style("error: ", fg="red", bold=True) + str(one), err=True)
     sys.exit(error.exit_status)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from functools import partial
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
+from kittybuild.digest import Digest
 from kittybuild.errors import BuildError, KittybuildError
 from kittybuild.executor.budget import Budget
 from kittybuild.executor.crew import Crew
@@ -31,11 +33,13 @@ from kittybuild.planner.lower import DEFAULT_SHARD, shards_of
 from kittybuild.planner.recall import PROBES_PER_HIT, probes, recalled, unresolved
 from kittybuild.planner.work import Shard, has_bytes, layout_of, stage_work
 from kittybuild.store.problems import DamagedTensor
-from kittybuild.store.store import Store
-from kittybuild.store.writer import PackWriter
+from kittybuild.store.store import Location, Store
+from kittybuild.store.writer import PATIENCE, PackWriter
 from kittybuild.tensors import TensorRef
 
 MOST_DAMAGED = 100
+CLAIM_PAUSE = 0.2
+Fill = Callable[[str, float | None], bool]
 FLUSH_EVERY = 512_000_000
 OPEN_PACKS = 8
 
@@ -75,7 +79,7 @@ Ran = tuple[dict[str, StageResult], Amounts]
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is to be built, and with what; `results` count over all attempts."""
+    """What is to be built, and with what; `results` count over all attempts, `costs` are seconds by tensor."""
 
     known: Known
     store: Store
@@ -84,6 +88,7 @@ class _Job:
     workers: Workers
     events: Events
     results: dict[str, StageResult]
+    costs: dict[Digest, float] = field(default_factory=dict)
 
 
 def run(known: Known, store: Store, builders: Builders, limits: Limits, events: Events) -> Ran:
@@ -134,6 +139,7 @@ def _remember(known: Known, job: _Job) -> None:
     for given, ref in known.contents():
         job.known.learn(given, ref)
     remember_sources(known, job.store)
+    job.store.set_costs(job.costs)
 
 
 class _Run:
@@ -141,11 +147,12 @@ class _Run:
 
     def __init__(self, job: _Job, known: Known, files: Files, crew: Crew) -> None:
         self.known, self.store, self.events, self.crew, self.results = known, job.store, job.events, crew, job.results
-        self.workers = job.workers
+        self.workers, self.costs = job.workers, job.costs
         self.budget = Budget(job.limits.memory)
         share = self.budget.total // job.limits.jobs
         self.realiser = Realiser(known, job.store, job.builders, job.workers, files, share)
         self.written = self.unflushed = 0
+        self.announced: set[SourceTensor] = set()
         self.counting = threading.Lock()
 
     def all_stages(self) -> None:
@@ -219,14 +226,20 @@ class _Run:
             ready.set_result(ManifestShard(shard.digest, shard.layout.size, names))
             return ready
         writer = self.store.write_pack(shard.layout.tensors)
-        tasks = [self.crew.make(partial(self._fill, stage, name, writer, result)) for name in names]
-        return self.crew.finish(partial(self._finish, writer, tasks, names))
+        fill = partial(self._fill, stage, writer, result)
+        tasks = [self.crew.make(partial(fill, name, 0.0)) for name in names]
+        return self.crew.finish(partial(self._finish, writer, tasks, fill, names))
 
-    def _finish(self, writer: PackWriter, tasks: list[Future[None]], names: tuple[str, ...]) -> ManifestShard:
+    def _finish(
+        self, writer: PackWriter, tasks: list[Future[bool]], fill: Fill, names: tuple[str, ...]
+    ) -> ManifestShard:
         """The pack of finished tensors; one that is cut short is left for the next run to salvage."""
         try:
-            for task in tasks:
-                task.result()
+            deadline = time.monotonic() + PATIENCE
+            while busy := [name for name, task in zip(names, tasks, strict=True) if not task.result()]:
+                patience = CLAIM_PAUSE if time.monotonic() < deadline else None
+                again = {name: self.crew.make(partial(fill, name, patience)) for name in busy}
+                tasks = [again.get(name, task) for name, task in zip(names, tasks, strict=True)]
             pack = writer.finish()
         except BaseException:
             wait(tasks)
@@ -234,23 +247,74 @@ class _Run:
             raise
         return ManifestShard(pack.digest, pack.size, names)
 
-    def _fill(self, stage: StagePlan, name: str, writer: PackWriter, result: StageResult) -> None:
-        """One tensor into its place in a pack."""
+    def _fill(
+        self, stage: StagePlan, writer: PackWriter, result: StageResult, name: str, patience: float | None
+    ) -> bool:
+        """One tensor into its place in a pack; False if another process is just making it."""
         step = stage.steps[name]
-        tensor = StageTensor(stage.name, name, step.spec)
+        drv = self._behind(step)
         if has_bytes(self.known, step, stage.name, name):
             self._copy(writer, name, self.known.ref(step, stage.name, name))
-        elif isinstance(step, Derivation):
-            with self.budget.admit(self.realiser.cost(step)):
-                made = self.realiser.make(f"{stage.name}: {name}", step, writer.place(name))
-            self.known.learn(tensor, made.ref)
-            self._done(stage, writer, name, made, result)
-        else:
+        elif drv is not None:
+            if not self._claimed(stage, writer, result, name, drv, patience):
+                return False
+        elif isinstance(step, SourceTensor | StageTensor):
             with self.budget.admit(self.realiser.cost(step)):
                 made = self.realiser.take(name, step, _Slot(writer, name), writer.place(name))
             self._done(stage, writer, name, made, result)
         self.events.advance(step.spec.nbytes)
         self._flush_now_and_then(writer, step.spec.nbytes)
+        return True
+
+    def _claimed(
+        self,
+        stage: StagePlan,
+        writer: PackWriter,
+        result: StageResult,
+        name: str,
+        drv: Derivation,
+        patience: float | None,
+    ) -> bool:
+        """Make a tensor, or take it from whoever has made it meanwhile; False if somebody is at it just now."""
+        claim = self.known.claim(drv)
+        if patience is not None and not self.store.claims.take(claim, patience):
+            return False
+        try:
+            if not self._take_over(stage, writer, name, drv):
+                self._make(stage, writer, result, name, drv)
+        finally:
+            self.store.claims.free(claim)
+        return True
+
+    def _make(self, stage: StagePlan, writer: PackWriter, result: StageResult, name: str, drv: Derivation) -> None:
+        step = stage.steps[name]
+        with self.budget.admit(self.realiser.cost(drv)):
+            begun = time.monotonic()
+            made = self.realiser.make(f"{stage.name}: {name}", drv, writer.place(name))
+            self.costs[made.ref.digest] = time.monotonic() - begun
+        self.known.learn(step if isinstance(step, StageTensor) else StageTensor(stage.name, name, step.spec), made.ref)
+        self._done(stage, writer, name, made, result)
+        refs = {given: self.known.ref(given) for given in self.known.sources_of(drv)}
+        news = {given: ref.digest for given, ref in refs.items() if ref is not None and given not in self.announced}
+        writer.announce(name, {self.known.memo_key(given): digest for given, digest in news.items()})
+        self.announced |= set(news)
+
+    def _take_over(self, stage: StagePlan, writer: PackWriter, name: str, drv: Derivation) -> bool:
+        """Copy what another process has made since we looked; False if nobody has, or it is gone."""
+        found = self.known.ask_again(drv)
+        while found is not None and (location := self._location(found[1].digest)) is not None:
+            try:
+                writer.copy(name, found[1], location, found[0])
+            except DamagedTensor:
+                if os.path.exists(location.path):
+                    raise
+                continue  # its pack was finished, and lies elsewhere now
+            self.known.learn(StageTensor(stage.name, name, drv.spec), found[1])
+            step = stage.steps[name]
+            if isinstance(step, StageTensor):
+                self.known.learn(step, found[1])
+            return True
+        return False
 
     def _flush_now_and_then(self, writer: PackWriter, nbytes: int) -> None:
         """Send data to the disk while there is work to do, so that little is left to wait for at the end."""
@@ -266,7 +330,17 @@ class _Run:
         location = self.known.location(ref.digest) if ref else None
         assert ref is not None  # the caller looked
         assert location is not None
-        writer.copy(name, ref, location)
+        try:
+            writer.copy(name, ref, location)
+        except DamagedTensor:
+            moved = None if os.path.exists(location.path) else self._location(ref.digest)
+            if moved is None:
+                raise
+            writer.copy(name, ref, moved)
+
+    def _location(self, digest: Digest) -> Location | None:
+        """Where a tensor lies now. A pack that is finished between two looks has another path: hence the second."""
+        return self.store.location(digest) or self.store.location(digest)
 
     def _done(self, stage: StagePlan, writer: PackWriter, name: str, made: Made, result: StageResult) -> None:
         writer.done(name, made.ref, made.xxh3, made.key)

@@ -5,14 +5,14 @@ A derivation's content is known when the contents of its inputs are, and somebod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from kittybuild.checkpoint.source import RAW, Entry, FileId
-from kittybuild.digest import Digest
+from kittybuild.digest import Digest, tagged
 from kittybuild.errors import SourceError
 from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
-from kittybuild.model.plan import Plan
+from kittybuild.model.plan import Plan, inputs_of
 from kittybuild.planner.views import Sources
 from kittybuild.store.store import Location, Store
 from kittybuild.tensors import TensorRef
@@ -105,6 +105,45 @@ class Known:
         for key, ref in self.store.realisations(keys).items():
             for tensor in keys[key]:
                 self._refs[tensor] = ref
+
+    def sources_of(self, step: Step) -> Iterator[SourceTensor]:
+        """All source tensors behind a step."""
+        if isinstance(step, SourceTensor):
+            yield step
+        else:
+            for given in inputs_of(step) if isinstance(step, Derivation) else (self.plan.step(step),):
+                yield from self.sources_of(given)
+
+    def memo_key(self, tensor: SourceTensor) -> tuple[Digest, str]:
+        """Under which file and name the store remembers a source tensor."""
+        entry = self.entry(tensor)
+        return self.file_id(entry.file).key(), self.memo_name(entry)
+
+    def claim(self, step: Step) -> Digest:
+        """What stands for a derivation whose inputs may be unknown: the same for all who build from the same files."""
+        if isinstance(step, StageTensor):
+            return self.claim(self.plan.step(step))
+        if isinstance(step, SourceTensor):
+            file, name = self.memo_key(step)
+            return tagged("kittybuild.claim-source.v1", [file.hex, name])
+        inputs = [self.claim(given).hex for given in step.inputs]
+        form = [step.builder, step.version, step.params, inputs, step.output.to_json(), step.numerics]
+        return tagged("kittybuild.claim.v1", form)
+
+    def ask_again(self, drv: Derivation) -> tuple[Digest, TensorRef] | None:
+        """The key of a derivation and what it makes, if another process has recorded it since we looked."""
+        if self.store is None:
+            return None
+        unknown = {self.memo_key(source): source for source in self.sources_of(drv) if self.ref(source) is None}
+        for memo, digest in self.store.some_memos(unknown).items():
+            self.learn(unknown[memo], TensorRef(digest, unknown[memo].spec))
+        for given in drv.inputs:
+            step = self.plan.step(given) if isinstance(given, StageTensor) else given
+            if isinstance(step, Derivation) and self.ref(given) is None and (found := self.ask_again(step)):
+                self.learn(given, found[1])
+        key = self.key(drv)
+        ref = self.store.realisation(key) if key else None
+        return (key, ref) if key and ref else None
 
     def locate(self, digests: Iterable[Digest]) -> None:
         """Learn where contents lie in the store."""

@@ -6,7 +6,7 @@ Every read is verified by digest; a damaged file is removed, and absent.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kittybuild.digest import Digest
 from kittybuild.model.manifest import Manifest
@@ -34,6 +34,16 @@ class Content:
         data = self._read(self._layout.manifest(digest), digest)
         try:
             return Manifest.from_bytes(data) if data is not None else None
+        except ValueError:
+            return None
+
+    def sound_manifest(self, digest: Digest) -> Manifest | None:
+        """The same, and a damaged one stays where it is."""
+        path = self._layout.manifest(digest)
+        with guarded("read", path):
+            data = small_file(path)
+        try:
+            return Manifest.from_bytes(data) if data is not None and Digest.of(data) == digest else None
         except ValueError:
             return None
 
@@ -65,9 +75,10 @@ class Content:
                 if manifest is not None:
                     self._record(digest, manifest)
 
-    def forget(self) -> None:
-        """Let `adopt_unknown` read every manifest again."""
-        self._index.delete(_MANIFEST, [key for key, _ in self._index.iterate(_MANIFEST)])
+    def forget(self, digests: Iterable[Digest] | None = None) -> None:
+        """Let `adopt_unknown` read manifests again: these, or all."""
+        keys = [key for key, _ in self._index.iterate(_MANIFEST)] if digests is None else [d.hex for d in digests]
+        self._index.delete(_MANIFEST, keys)
 
     def _record(self, digest: Digest, manifest: Manifest) -> None:
         made = {tensor.key: tensor.ref for tensor in manifest.tensors if tensor.key is not None}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from kittybuild.digest import Digest, Json
@@ -21,6 +21,7 @@ _LOCATION = "location"
 _MEMO = "memo"
 _SHORTCUT = "shortcut"
 _NONFINITE = "nonfinite"
+_COST = "cost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,12 @@ class Location:
 
 
 class Facts:
-    """The typed view of the index."""
+    """The typed view of the index. `touched`: the files in which tensors were found."""
 
     def __init__(self, index: Index, layout: Layout) -> None:
         self._index = index
         self._layout = layout
+        self.touched: set[str] = set()
 
     def realisations(self, keys: Iterable[Digest]) -> dict[Digest, TensorRef]:
         """The tensors that derivations are known to make; only the known ones."""
@@ -69,6 +71,7 @@ class Facts:
                 sizes[location.path] = _size(location.path)
             if location.offset + location.nbytes <= sizes[location.path]:
                 alive[Digest(digest)] = location
+        self.touched.update(location.path for location in alive.values())
         return alive
 
     def set_locations(self, facts: Mapping[Digest, Location]) -> None:
@@ -84,6 +87,31 @@ class Facts:
         rows = ((Digest(digest), self._location(value)) for digest, value in self._index.iterate(_LOCATION))
         return {digest: at for digest, at in rows if at is not None and at.path == path}
 
+    def located_in_any(self, paths: Collection[str]) -> set[Digest]:
+        """The tensors whose location is in one of these files."""
+        rows = ((Digest(digest), self._location(value)) for digest, value in self._index.iterate(_LOCATION))
+        return {digest for digest, at in rows if at is not None and at.path in paths}
+
+    def checksums(self, digests: Iterable[Digest]) -> dict[Digest, str]:
+        """The XXH3-64 of tensors where that is known, wherever they lie or lay."""
+        found = self._index.get_many(_LOCATION, (digest.hex for digest in digests))
+        places = ((digest, self._location(value)) for digest, value in found.items())
+        return {Digest(digest): at.xxh3 for digest, at in places if at is not None and at.xxh3 is not None}
+
+    def costs(self, digests: Iterable[Digest]) -> dict[Digest, float]:
+        """How many seconds it took to make tensors; only the known ones."""
+        found = self._index.get_many(_COST, (digest.hex for digest in digests))
+        return {Digest(digest): value / 1e6 for digest, value in found.items() if isinstance(value, int)}
+
+    def set_costs(self, facts: Mapping[Digest, float]) -> None:
+        """Record how many seconds it took to make tensors."""
+        self._index.put_many(_COST, {digest.hex: round(seconds * 1e6) for digest, seconds in facts.items()})
+
+    def forget_located_in(self, paths: Collection[str]) -> None:
+        """Forget the locations in some files; not those that another process has just set to a better place."""
+        with self._index.together():
+            self.forget_locations(self.located_in_any(paths))
+
     def forget_locations(self, digests: Iterable[Digest]) -> None:
         """Forget where tensors lie."""
         self._index.delete(_LOCATION, [digest.hex for digest in digests])
@@ -92,6 +120,19 @@ class Facts:
         """What is known of the tensors in one source file: name -> digest."""
         rows = self._index.iterate(_MEMO, f"{file_key.hex}/")
         return {json.loads(key.partition("/")[2]): Digest(str(value)) for key, value in rows}
+
+    def some_memos(self, wanted: Iterable[tuple[Digest, str]]) -> dict[tuple[Digest, str], Digest]:
+        """What is known of some tensors, by source file and name."""
+        keys = {f"{file.hex}/{json.dumps(name)}": (file, name) for file, name in wanted}
+        return {keys[key]: Digest(str(value)) for key, value in self._index.get_many(_MEMO, keys).items()}
+
+    def announce(self, places: Mapping[Digest, Location], memos: Mapping[tuple[Digest, str], Digest]) -> None:
+        """Record at once where new tensors lie, and what was learned of the sources that they were made of."""
+        with self._index.together():
+            known = self.locations(places)
+            self.set_locations({digest: place for digest, place in places.items() if digest not in known})
+            rows = {f"{file.hex}/{json.dumps(name)}": digest.hex for (file, name), digest in memos.items()}
+            self._index.put_many(_MEMO, rows)
 
     def remember(self, file_key: Digest, facts: Mapping[str, Digest]) -> None:
         """Add to what is known of one source file."""

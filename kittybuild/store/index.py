@@ -134,6 +134,12 @@ class Index:
             self._set(kind, {key: value for key, value in facts.items() if key not in known})
         return {key: value for key, value in known.items() if value != facts[key]}
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All that is stored in this block, or nothing."""
+        with self._guard(), self._cache.transact():
+            yield
+
     def delete(self, kind: str, keys: Collection[str]) -> None:
         """Forget the facts; absent is fine."""
         if keys:
@@ -153,6 +159,29 @@ class Index:
         with self._guard():
             query = "SELECT COUNT(*) FROM Cache WHERE raw = 1 AND key >= ? AND key < ?"
             return int(self._cache._sql(query, (start, _after(start))).fetchone()[0])
+
+    def damage(self) -> str | None:
+        """What is wrong with the database itself."""
+        try:
+            found = [row[0] for row in self._cache._sql("PRAGMA quick_check(1)").fetchall()]
+        except (sqlite3.DatabaseError, diskcache.Timeout) as error:
+            return f"the database cannot be read: {error}"
+        return None if found == ["ok"] else f"the database is damaged: {found[0] if found else 'no answer'}"
+
+    def damaged_rows(self) -> int:
+        """How many rows are not as we wrote them. They count as absent anyway."""
+        return len(self._damaged())
+
+    def drop_damaged(self) -> None:
+        """Delete these rows."""
+        with self._guard(), self._cache.transact():
+            for row in self._damaged():
+                self._cache._sql("DELETE FROM Cache WHERE rowid = ?", (row,))
+
+    def _damaged(self) -> list[int]:
+        with self._guard():
+            rows = self._cache._sql("SELECT rowid, key, mode, value FROM Cache").fetchall()
+        return [row for row, key, mode, value in rows if not _is_ours(key, mode, value)]
 
     def _set(self, kind: str, facts: Mapping[str, Json]) -> None:
         for key, value in facts.items():
@@ -245,6 +274,13 @@ def _decoded(row: str, data: bytes | None) -> Json:
         return None
     value: Json = json.loads(text)
     return value
+
+
+def _is_ours(key: object, mode: object, value: object) -> bool:
+    """Whether a row of the database is one that we wrote, as we wrote it."""
+    if mode != diskcache.core.MODE_RAW or not isinstance(key, str) or not isinstance(value, bytes):
+        return False
+    return _decoded(key, value) is not None
 
 
 def _checksum(row: str, text: bytes) -> bytes:

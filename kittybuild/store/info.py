@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from kittybuild.digest import Json
 from kittybuild.store.facts import Facts
-from kittybuild.store.layout import FORMAT, PART, Layout, stored_digests
+from kittybuild.store.format import Format
+from kittybuild.store.layout import PART, Layout, stored_digests
 from kittybuild.store.roots import Roots
 
 
@@ -37,7 +38,7 @@ def store_info(paths: Layout, facts: Facts, roots: Roots) -> StoreInfo:
     realisations, locations = facts.counts()
     tmp = [os.path.join(folder, name) for folder, _, names in os.walk(paths.tmp) for name in names]
     return StoreInfo(
-        format=FORMAT.strip(),
+        format=Format().text,
         packs=len(packs),
         pack_bytes=sum(_size(path) for _, path in packs),
         files=len(stored_digests(paths.files)),

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from kittybuild.digest import Digest
 
-FORMAT = "kittybuild-store 1\n"
-
 PART = ".part"
 JOURNAL = ".journal"
 TEMPORARY = ".tmp"
@@ -24,6 +22,11 @@ class Layout:
     def format(self) -> str:
         """The file that makes the folder a store."""
         return os.path.join(self.root, "FORMAT")
+
+    @property
+    def reserve(self) -> str:
+        """The file that is deleted when the disk is full."""
+        return os.path.join(self.root, "reserve")
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -26,17 +26,22 @@ def take(disk: Disk, path: str, *, exclusive: bool, patience: float) -> int:
     """Open a lock file and take its lock; raises StoreError after `patience` seconds. Closing the file frees it."""
     with guarded("lock", path):
         fd = disk.open_lock(path)
-        deadline = time.monotonic() + patience
         try:
-            while not try_lock(fd, exclusive=exclusive):
-                # Asking again, rather than waiting in the kernel, so that a holder that hangs ends in an error.
-                if time.monotonic() > deadline:
-                    raise locked(path, patience)
-                time.sleep(_PAUSE)
+            convert(path, fd, exclusive=exclusive, patience=patience)
         except BaseException:
             disk.close(fd)
             raise
     return fd
+
+
+def convert(path: str, fd: int, *, exclusive: bool, patience: float) -> None:
+    """Take the lock on an open file, instead of the other kind, which is lost meanwhile; raises as `take` does."""
+    deadline = time.monotonic() + patience
+    while not try_lock(fd, exclusive=exclusive):
+        # Asking again, rather than waiting in the kernel, so that a holder that hangs ends in an error.
+        if time.monotonic() > deadline:
+            raise locked(path, patience)
+        time.sleep(_PAUSE)
 
 
 def release(disk: Disk, path: str, fd: int) -> None:

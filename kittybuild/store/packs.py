@@ -7,9 +7,10 @@ tensors were not read since it was found.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 
-from kittybuild.digest import Digest
+from kittybuild.digest import Digest, Json
 from kittybuild.errors import StoreError
 from kittybuild.store.facts import Facts, Location
 from kittybuild.store.index import Index
@@ -21,6 +22,9 @@ from kittybuild.store.reading import digests
 from kittybuild.tensors import TensorRef
 
 _PACK = "pack"
+_USED = "used"
+_SUFFIX = ".safetensors"
+_MINUTE = 60
 
 
 class Packs:
@@ -41,6 +45,7 @@ class Packs:
             stat = os.stat(path)
         except FileNotFoundError:
             return None
+        self._facts.touched.add(path)
         known = self._index.get(_PACK, digest.hex)
         if known == [stat.st_size, stat.st_mtime_ns]:
             return path
@@ -51,7 +56,7 @@ class Packs:
     def adopt(self, digest: Digest, path: str) -> bool:
         """Record a pack that the index does not know; False if it is not what its name says. Tensors are not read."""
         try:
-            layout, refs = _named_pack(path, digest)
+            layout, refs = named_pack(path, digest)
         except (StoreError, FileNotFoundError):
             return False
         known = self._facts.locations(ref.digest for ref in refs.values())
@@ -69,7 +74,7 @@ class Packs:
     def _verify(self, digest: Digest, path: str) -> bool:
         """Read all tensors; a pack that holds what it should is recorded as it is now."""
         try:
-            layout, refs = _named_pack(path, digest)
+            layout, refs = named_pack(path, digest)
             with open(path, "rb") as file:
                 before = os.fstat(file.fileno()).st_mtime_ns
                 found = [digests(file.fileno(), layout.offset(name), ref.spec.nbytes) for name, ref in refs.items()]
@@ -80,6 +85,19 @@ class Packs:
         self._index.put_many(_PACK, {digest.hex: [layout.size, before]})
         return True
 
+    def note_used(self) -> None:
+        """Record that what was asked for since the store was opened has been used, to the minute."""
+        names = {os.path.basename(path).partition(".")[0]: path for path in self._facts.touched}
+        keys = [digest.hex for digest, path in stored_digests(self._layout.packs, _SUFFIX) if digest.hex in names]
+        known, now = self._index.get_many(_USED, keys), int(time.time())
+        self._index.put_many(_USED, {key: now for key in keys if not _within(known.get(key), now)})
+        self._facts.touched.clear()
+
+    def used(self, digest: Digest, path: str) -> float:
+        """When a pack was last used, in seconds since the epoch; when it was written, if nobody knows better."""
+        known = self._index.get(_USED, digest.hex)
+        return max(os.stat(path).st_mtime, float(known) if isinstance(known, int) else 0.0)
+
     def sync(self) -> None:
         """Return when what is recorded is on the disk."""
         self._index.sync()
@@ -87,22 +105,30 @@ class Packs:
     def unknown(self) -> list[tuple[Digest, str]]:
         """The packs on disk that the index does not know."""
         known = {key for key, _ in self._index.iterate(_PACK)}
-        return [pack for pack in stored_digests(self._layout.packs, ".safetensors") if pack[0].hex not in known]
+        return [pack for pack in stored_digests(self._layout.packs, _SUFFIX) if pack[0].hex not in known]
 
     def forget(self, digests: Iterable[Digest] | None = None) -> None:
         """Forget that packs are there: these, or all. Locations are another matter."""
         keys = [key for key, _ in self._index.iterate(_PACK)] if digests is None else [d.hex for d in digests]
-        self._index.delete(_PACK, keys)
+        for kind in (_PACK, _USED, "checked") if digests is not None else (_PACK,):
+            self._index.delete(kind, keys)
 
-    def locate_again(self, wanted: Iterable[Digest]) -> None:
-        """Look for tensors in the headers of all packs, and record where they lie."""
+    def locate_again(self, wanted: Iterable[Digest], but_not: Collection[str] = ()) -> None:
+        """Look for tensors in the headers of all packs but those at some paths, and record where they lie."""
         missing = set(wanted)
-        for digest, path in stored_digests(self._layout.packs, ".safetensors") if missing else ():
+        checksums = self._facts.checksums(missing)
+        for digest, path in stored_digests(self._layout.packs, _SUFFIX) if missing else ():
+            if path in but_not:
+                continue
             try:
-                layout, refs = _named_pack(path, digest)
+                layout, refs = named_pack(path, digest)
             except (StoreError, FileNotFoundError):
                 continue
-            held = [entry for entry in _entries(refs) if entry.ref.digest in missing]
+            held = [
+                Finished(name, ref, checksums.get(ref.digest), None)
+                for name, ref in refs.items()
+                if ref.digest in missing
+            ]
             self._facts.set_locations({entry.ref.digest: place(path, layout, entry) for entry in held})
             missing -= {entry.ref.digest for entry in held}
 
@@ -112,7 +138,12 @@ def place(path: str, layout: PackLayout, entry: Finished) -> Location:
     return Location(path, layout.offset(entry.name), entry.ref.spec.nbytes, entry.xxh3)
 
 
-def _named_pack(path: str, digest: Digest) -> tuple[PackLayout, dict[str, TensorRef]]:
+def _within(known: Json, now: int) -> bool:
+    return isinstance(known, int) and now - known < _MINUTE
+
+
+def named_pack(path: str, digest: Digest) -> tuple[PackLayout, dict[str, TensorRef]]:
+    """What the header of a pack says, if it is the one of that name; raises StoreError, FileNotFoundError."""
     layout, refs = read_pack_header(path)
     if layout.digest(refs) != digest:
         raise damaged(path, "another pack than its name says", "delete this file")

@@ -14,7 +14,8 @@ from kittybuild.digest import Digest
 from kittybuild.errors import StoreError
 from kittybuild.tensors import TensorRef
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = "KB704"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DamagedTensor(StoreError):
@@ -27,7 +28,7 @@ class DamagedTensor(StoreError):
 
 def failure(error: OSError, operation: str, path: str, wanted: int = 0) -> StoreError:
     """The error for a file operation that failed; `wanted` is how many bytes it needed."""
-    if error.errno in _FULL:
+    if error.errno in NO_ROOM:
         return full(path, wanted)
     return StoreError(
         "KB705",
@@ -41,7 +42,7 @@ def full(path: str, wanted: int = 0) -> StoreError:
     """The error for a disk (or quota) without room."""
     amount = f": {wanted:,} bytes were wanted" if wanted else ""
     return StoreError(
-        "KB704",
+        FULL,
         f"the disk is full{amount}",
         at=path,
         hint="free some space, or name another store with --store; finished tensors are kept",

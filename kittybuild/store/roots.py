@@ -1,4 +1,7 @@
-"""Roots: what garbage collection keeps. One small file for each output (a name and a folder)."""
+"""Roots: what garbage collection keeps. One small file for each output (a name and a folder).
+
+So the outputs of one project are kept whatever is collected for another.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from kittybuild.digest import Digest, canonical, tagged
+from kittybuild.digest import Digest, Json, canonical, tagged
 from kittybuild.store.disk import Disk
 from kittybuild.store.layout import Layout
 from kittybuild.store.problems import damaged, guarded
@@ -14,11 +17,16 @@ from kittybuild.store.problems import damaged, guarded
 
 @dataclass(frozen=True, slots=True, order=True)
 class Root:
-    """The manifest that an output has now."""
+    """The manifest that an output has now.
+
+    `also`: manifests and files beside it that are kept too; `recipe`: the path of the recipe that made it, if known.
+    """
 
     name: str
     folder: str
     manifest: Digest
+    also: tuple[Digest, ...] = ()
+    recipe: str | None = None
 
 
 class Roots:
@@ -31,9 +39,12 @@ class Roots:
     def set(self, root: Root) -> None:
         """Keep a manifest for an output, instead of the one before."""
         path = self._path(root.name, root.folder)
-        form = canonical({"root": 1, "name": root.name, "folder": root.folder, "manifest": root.manifest.hex})
-        with guarded("write", path, len(form)):
-            self._disk.write_file(path, form)
+        form: dict[str, Json] = {"root": 1, "name": root.name, "folder": root.folder, "manifest": root.manifest.hex}
+        form |= {"also": [digest.hex for digest in root.also]} if root.also else {}
+        form |= {"recipe": root.recipe} if root.recipe else {}
+        data = canonical(form)
+        with guarded("write", path, len(data)):
+            self._disk.write_file(path, data)
 
     def drop(self, name: str, folder: str) -> None:
         """Keep nothing for an output; absent is fine."""
@@ -45,24 +56,28 @@ class Roots:
     def all(self) -> tuple[Root, ...]:
         """Every root; raises StoreError for one that cannot be read, since what it keeps is not known."""
         with guarded("read", self._paths.roots):
-            return tuple(sorted(_read(path) for path in self.files()))
+            return tuple(sorted(self.read(path) for path in self.files()))
 
     def files(self) -> list[str]:
         """The paths of the roots."""
         names = sorted(os.listdir(self._paths.roots))
         return [os.path.join(self._paths.roots, name) for name in names if name.endswith(".json")]
 
+    def read(self, path: str) -> Root:
+        """One root; raises StoreError if the file is not the one that its name says."""
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            form = json.loads(data)
+            recipe = form.get("recipe")
+            also = tuple(Digest(digest) for digest in form.get("also", ()))
+            root = Root(form["name"], form["folder"], Digest(form["manifest"]), also, recipe)
+            sound = form["root"] == 1 and isinstance(recipe, str | None) and path == self._path(root.name, root.folder)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise damaged(path, "not a root", "`kittybuild store repair` sets it aside; then build its output again")
+        return root
+
     def _path(self, name: str, folder: str) -> str:
         return self._paths.root_file(tagged("kittybuild.root.v1", [name, folder]))
-
-
-def _read(path: str) -> Root:
-    with open(path, "rb") as file:
-        data = file.read()
-    try:
-        form = json.loads(data)
-        if form["root"] == 1:
-            return Root(form["name"], form["folder"], Digest(form["manifest"]))
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise damaged(path, "not a root", "delete this file, and build its output again")

@@ -14,30 +14,43 @@ from types import TracebackType
 
 from kittybuild.digest import Digest, tagged
 from kittybuild.model.manifest import Manifest
-from kittybuild.store.content import Content
+from kittybuild.store.check import Checked, Damage, Extent, check
+from kittybuild.store.claims import Claims
 from kittybuild.store.disk import Disk
-from kittybuild.store.facts import Facts, Location
+from kittybuild.store.facts import Location
+from kittybuild.store.format import DELETE, USE, VERSION, Format, checked_format, mend_format, migrate
+from kittybuild.store.gc import Collected, GcPlan, Policy, collect, plan_gc, repack
 from kittybuild.store.index import Index
 from kittybuild.store.info import StoreInfo, store_info
-from kittybuild.store.layout import FORMAT, Layout
-from kittybuild.store.locks import held, release, take
-from kittybuild.store.pack import PackLayout
-from kittybuild.store.packs import Packs
-from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded, other_format
-from kittybuild.store.roots import Root, Roots
-from kittybuild.store.unfinished import Salvaged, Unfinished
-from kittybuild.store.writer import PATIENCE, FinishedPack, PackWriter, Part
+from kittybuild.store.inside import Inside
+from kittybuild.store.layout import Layout
+from kittybuild.store.locks import convert, held, release, take
+from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded
+from kittybuild.store.repair import Repaired, repair
+from kittybuild.store.reserve import free_reserve, make_reserve
+from kittybuild.store.roots import Root
+from kittybuild.store.unfinished import Salvaged
+from kittybuild.store.usage import Use, used_by
+from kittybuild.store.writer import PATIENCE, FinishedPack, PackWriter
 from kittybuild.tensors import TensorRef, TensorSpec
 
 __all__ = [
+    "Checked",
+    "Collected",
+    "Damage",
     "DamagedTensor",
+    "Extent",
     "FinishedPack",
+    "GcPlan",
     "Location",
     "PackWriter",
+    "Policy",
+    "Repaired",
     "Root",
     "Salvaged",
     "Store",
     "StoreInfo",
+    "Use",
 ]
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
@@ -51,32 +64,43 @@ class Store:
         self.disk = disk
         self.root = paths.root
         self._paths = paths
-        self._index = index
         self._lock: int | None = lock
-        self._facts = Facts(index, paths)
-        self._packs = Packs(paths, index, self._facts)
-        self._content = Content(disk, paths, index, self._facts)
-        self._roots = Roots(disk, paths)
-        self._unfinished = Unfinished(disk, paths, self._packs, self._facts)
+        self.claims = Claims(disk, paths)
+        self._use(index)
+
+    def _use(self, index: Index) -> None:
+        """Work over an index from now on."""
+        self._index = index
+        self._inside = inside = Inside.of(self.disk, self._paths, index)
+        self._facts, self._packs, self._content = inside.facts, inside.packs, inside.content
+        self._roots, self._unfinished = inside.roots, inside.unfinished
 
     @classmethod
-    def open(cls, root: str, *, disk: Disk | None = None) -> Store:
-        """Open the store at `root`, or make one there. An index that is lost or corrupt is made anew."""
+    def open(cls, root: str, *, disk: Disk | None = None, to_clean: bool = False) -> Store:
+        """Open the store at `root`, or make one there. An index that is lost or corrupt is made anew.
+
+        `to_clean`: give back the reserve first, so that it works on a full disk. `collect` makes it again.
+        """
         disk, paths = disk or Disk(), Layout(os.path.abspath(root))
-        _prepare(disk, paths)
+        operation = DELETE if to_clean else USE
+        _prepare(disk, paths, operation)
+        if to_clean:
+            free_reserve(disk, paths)
         lock = take(disk, paths.lock("store"), exclusive=False, patience=PATIENCE)
         try:
+            checked_format(paths, operation)  # it may have been migrated while we waited
             with held(disk, paths.lock("index"), exclusive=True, patience=PATIENCE):
-                with guarded("open the index", paths.index):
-                    index = Index.open(paths.index, disk, lambda: _move_aside(disk, paths))
-                store = cls(disk, paths, index, lock)
-                if index.get(_META, _COMPLETE) != 1:
-                    store._learn()
-                    index.put_many(_META, {_COMPLETE: 1})
+                store = cls(disk, paths, _open_index(disk, paths), lock)
+                store._complete()
         except BaseException:
             release(disk, paths.lock("store"), lock)
             raise
         return store
+
+    @classmethod
+    def mend_format(cls, root: str, *, disk: Disk | None = None) -> bool:
+        """Write the file FORMAT anew if it is damaged or lost; whether that was needed."""
+        return mend_format(disk or Disk(), root)
 
     @classmethod
     def exists(cls, root: str) -> bool:
@@ -88,6 +112,8 @@ class Store:
         if self._lock is not None:
             lock, self._lock = self._lock, None
             with guarded("close", self.root):
+                self._packs.note_used()
+                self.claims.close()
                 self._unfinished.close()
                 self._index.close()
                 self.disk.close(lock)
@@ -122,6 +148,10 @@ class Store:
         """Record how many elements of tensors are NaN or infinite."""
         self._facts.set_nonfinite(facts)
 
+    def set_costs(self, facts: Mapping[Digest, float]) -> None:
+        """Record how many seconds it took to make tensors: garbage collection lets the cheap ones go first."""
+        self._facts.set_costs(facts)
+
     def locations(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
         """Where tensors lie; only those whose file is there and long enough."""
         return self._facts.locations(digests)
@@ -133,6 +163,10 @@ class Store:
     def memos(self, file_key: Digest) -> dict[str, Digest]:
         """What is known of the tensors in one source file: name -> digest."""
         return self._facts.memos(file_key)
+
+    def some_memos(self, wanted: Iterable[tuple[Digest, str]]) -> dict[tuple[Digest, str], Digest]:
+        """What is known of some source tensors, by file key and name; only the known ones."""
+        return self._facts.some_memos(wanted)
 
     def remember(self, file_key: Digest, facts: Mapping[str, Digest]) -> None:
         """Add to what is known of one source file."""
@@ -177,13 +211,11 @@ class Store:
 
     def write_pack(self, tensors: Iterable[tuple[str, TensorSpec]]) -> PackWriter:
         """Begin a pack of these tensors; a salvaged one of the same layout is gone on with in place."""
-        layout = PackLayout.of(tensors)
-        part = self._unfinished.take(layout) or Part.new(self.disk, self._paths, layout)
-        return PackWriter(self.disk, self._paths, self._packs, self._facts, part, self._unfinished.retire)
+        return self._inside.write_pack(tensors)
 
     def salvage(self) -> Salvaged:
         """Adopt what interrupted processes left: packs not in the index, finished tensors of unfinished packs."""
-        self._learn()
+        self._inside.learn()
         return self._unfinished.salvage()
 
     def drop_salvaged(self) -> None:
@@ -196,9 +228,14 @@ class Store:
 
     # Roots, and the store as a whole.
 
-    def set_root(self, name: str, folder: str, manifest: Digest) -> None:
-        """Keep a manifest, and all that it needs, for the output `name` in `folder`."""
-        self._roots.set(Root(name, folder, manifest))
+    def set_root(
+        self, name: str, folder: str, manifest: Digest, also: Iterable[Digest] = (), recipe: str | None = None
+    ) -> None:
+        """Keep a manifest, and all that it needs, for the output `name` in `folder`; `also`: more manifests and files.
+
+        `recipe`: the path of the recipe that made it, for whoever repairs the store.
+        """
+        self._roots.set(Root(name, folder, manifest, tuple(also), recipe))
 
     def drop_root(self, name: str, folder: str) -> None:
         """Keep nothing for that output; absent is fine."""
@@ -217,7 +254,74 @@ class Store:
         """Read all packs and manifests again. What cannot be read from them (memos, shortcuts) is kept as it is."""
         self._packs.forget()
         self._content.forget()
-        self._learn()
+        self._inside.learn()
+
+    def plan_gc(self, policy: Policy) -> GcPlan:
+        """What `collect` would delete now. Changes nothing."""
+        with guarded("read", self.root):
+            return plan_gc(self._inside, policy)
+
+    def collect(self, policy: Policy, *, patience: float = PATIENCE) -> Collected:
+        """Delete what no root keeps and the policy lets go. Raises StoreError KB707 while others use the store.
+
+        Packs of which little is worth keeping are written anew, smaller, before they are deleted.
+        """
+        with guarded("collect in", self.root):
+            checked_format(self._paths, DELETE)
+            with self._alone(patience):
+                first = plan_gc(self._inside, policy)
+                done = collect(self._inside, first)
+            if repacked := repack(self._inside, first):
+                with self._alone(patience):
+                    done = done.plus(collect(self._inside, plan_gc(self._inside, policy)), repacked)
+            make_reserve(self.disk, self._paths)
+        return done
+
+    def check(self, extent: Extent | None = None) -> Checked:
+        """Compare what the store holds with its names."""
+        with guarded("check", self.root):
+            return check(self._inside, extent or Extent())
+
+    def repair(self, extent: Extent | None = None) -> Repaired:
+        """Check, set aside what is damaged, and put it together again from what is good elsewhere."""
+        with guarded("repair", self.root):
+            found = self.check(extent).damage
+            if any(damage.kind == "index" for damage in found):
+                self._renew_index()
+                found = tuple(damage for damage in found if damage.kind == "index") + self.check(extent).damage
+            done = repair(self._inside, found)
+            make_reserve(self.disk, self._paths)
+            return done
+
+    def used_by(self) -> tuple[Use, ...]:
+        """What each output needs of the store."""
+        with guarded("read", self.root):
+            return used_by(self._inside)
+
+    def _renew_index(self) -> None:
+        """Move a damaged index aside and make a new one from packs and manifests."""
+        with held(self.disk, self._paths.lock("index"), exclusive=True, patience=PATIENCE):
+            self._index.close()
+            _move_aside(self.disk, self._paths)
+            self._use(_open_index(self.disk, self._paths))
+            self._complete()
+
+    def _complete(self) -> None:
+        """See that the index knows all packs and manifests, if it is new."""
+        if self._index.get(_META, _COMPLETE) != 1:
+            self._inside.learn()
+            self._index.put_many(_META, {_COMPLETE: 1})
+
+    @contextmanager
+    def _alone(self, patience: float) -> Iterator[None]:
+        """Be the only one that has the store open: what others may use can be deleted."""
+        assert self._lock is not None  # the store is open
+        path = self._paths.lock("store")
+        try:
+            convert(path, self._lock, exclusive=True, patience=patience)
+            yield
+        finally:
+            convert(path, self._lock, exclusive=False, patience=PATIENCE)
 
     @contextmanager
     def output_lock(self, folder: str) -> Iterator[None]:
@@ -226,37 +330,27 @@ class Store:
         with held(self.disk, self._paths.lock(name), exclusive=True, patience=PATIENCE):
             yield
 
-    def _learn(self) -> None:
-        """Record the packs and manifests that are on disk and not in the index; set aside packs that are no packs."""
-        with guarded("read", self.root):
-            for digest, path in self._packs.unknown():
-                if not self._packs.adopt(digest, path):
-                    self._unfinished.discard(path)
-            self._content.adopt_unknown()
 
-
-def _prepare(disk: Disk, paths: Layout) -> None:
+def _prepare(disk: Disk, paths: Layout, operation: str) -> None:
     """See that the folder is a store of our format, and make what is missing of it."""
     try:
-        found = _format(paths)
-        if found is not None and found != FORMAT.encode():
-            raise other_format(paths.root, found[:40].decode(errors="replace").strip(), FORMAT.strip())
+        found = checked_format(paths, operation)
         for folder in (paths.root, *paths.folders):
             disk.makedirs(folder)
         if found is None:
-            disk.write_file(paths.format, FORMAT.encode(), mode=0o644)
+            make_reserve(disk, paths)
+            disk.write_file(paths.format, Format().to_bytes(), mode=0o644)
+        elif found.version < VERSION:
+            migrate(disk, paths, PATIENCE)
         disk.close(disk.open_lock(paths.lock("store")))
     except OSError as error:
         refused = error.errno in _REFUSED
         raise cannot_open(paths.root, error) if refused else failure(error, "open", paths.root) from error
 
 
-def _format(paths: Layout) -> bytes | None:
-    try:
-        with open(paths.format, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+def _open_index(disk: Disk, paths: Layout) -> Index:
+    with guarded("open the index", paths.index):
+        return Index.open(paths.index, disk, lambda: _move_aside(disk, paths))
 
 
 def _move_aside(disk: Disk, paths: Layout) -> None:

@@ -83,8 +83,9 @@ class Unfinished:
     def discard(self, path: str) -> None:
         """Move a damaged pack out of the way, and adopt those of its tensors that are still good; absent is fine."""
         path = os.path.abspath(path)
-        lost = set(self._facts.located_in(path))
-        self._facts.forget_locations(lost)
+        # Before anything is forgotten, so that at no moment a tensor seems lost that lies elsewhere too.
+        self._packs.locate_again(self._facts.located_in(path), but_not=[path])
+        self._facts.forget_located_in([path])
         aside = None
         with guarded("set aside", path):
             if path in self._adopted:
@@ -92,7 +93,6 @@ class Unfinished:
             elif os.path.dirname(os.path.dirname(path)) == self._paths.packs and os.path.exists(path):
                 self._packs.forget([Digest(os.path.basename(path).partition(".")[0])])
                 aside = self._set_aside(path)
-            self._packs.locate_again(lost)
             if aside is not None:
                 self._adopt(*aside)
 

@@ -18,10 +18,10 @@ from kittybuild.digest import Digest
 from kittybuild.store.disk import Disk
 from kittybuild.store.facts import Facts, Location
 from kittybuild.store.journal import Finished, first_line
-from kittybuild.store.layout import JOURNAL, PART, Layout
+from kittybuild.store.layout import JOURNAL, PART, TEMPORARY, Layout
 from kittybuild.store.locks import held, try_lock
 from kittybuild.store.pack import PackLayout
-from kittybuild.store.packs import Packs
+from kittybuild.store.packs import Packs, place
 from kittybuild.store.problems import DamagedTensor, guarded, locked
 from kittybuild.store.reading import digests, quick_digest
 from kittybuild.tensors import TensorRef
@@ -90,7 +90,7 @@ class PackWriter:
         self._done: dict[str, Finished] = {}
         self._state = threading.Condition()
         self._users = 0
-        self._closed = False
+        self._closed = self._told = False
         self._sync_failed = False
         with guarded("open the journal of", part.path):
             self._journal_fd = disk.open_append(part.journal)
@@ -129,6 +129,12 @@ class PackWriter:
         with guarded("write", self._part.journal), self._using(), self._state:
             self._disk.append(self._journal_fd, entry.line())
             self._done[name] = entry
+
+    def announce(self, name: str, memos: Mapping[tuple[Digest, str], Digest]) -> None:
+        """Let others use a tensor that is done before the pack is; `memos`: source tensors that it was made of."""
+        entry = self._done[name]
+        self._told = True
+        self._facts.announce({entry.ref.digest: place(self._part.path, self.layout, entry)}, memos)
 
     def flush(self) -> None:
         """Begin to write the data so far out, so that `finish` has little to wait for. Closed is fine."""
@@ -216,16 +222,20 @@ class PackWriter:
             self._disk.sync_dir(os.path.dirname(path))
 
     def _name(self, path: str) -> None:
-        if self._part.finished:  # salvaged: others may have been told that tensors lie there, so the old name stays too
+        if (
+            self._part.finished or self._told
+        ):  # others may have been told that tensors lie there: the old name stays too
+            # Linked beside its place, then renamed: another process may just be putting the same pack there.
+            beside = f"{self._part.path}{TEMPORARY}"
             try:
-                self._disk.unlink(path)  # at most a pack that lost its end
-                self._disk.link(self._part.path, path)
-                return
-            except FileExistsError:  # another process has just put the same pack there
-                return
+                self._disk.link(self._part.path, beside)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
+            else:
+                self._disk.rename(beside, path)
+                self._disk.unlink(beside)  # still there if both are names of one file already
+                return
         self._disk.rename(self._part.path, path)
 
     def _leave_part(self) -> None:

@@ -225,7 +225,7 @@ def test_a_root_that_is_cut_is_an_error_since_what_it_keeps_is_not_known(root: s
 
 def test_a_format_that_is_cut_or_newer_is_refused(root: str) -> None:
     opened(root).close()
-    for text in (*("kittybuild-store 1\n"[:length] for length in range(19)), "kittybuild-store 2\n", "\xff"):
+    for text in (*("kittybuild-store 2\n"[:length] for length in range(19)), "kittybuild-store 3\n", "\xff"):
         overwrite(f"{root}/FORMAT", text.encode("latin-1"))
         with pytest.raises(StoreError, match="KB702") as caught:
             opened(root)

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kittybuild.digest import Digest
 from kittybuild.store.pack import read_pack_header
-from kittybuild.store.store import DamagedTensor, FinishedPack, PackWriter, Store
+from kittybuild.store.store import DamagedTensor, FinishedPack, PackWriter, Policy, Store
 from kittybuild.tensors import DType
 from tests.faults import Sample, UnsyncedDisk, fill, manifest_of, quick_folder, sample
 
@@ -117,6 +117,34 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def rebuild(self) -> None:
         self.store.rebuild_index()
+
+    @rule(keep=st.booleans())
+    def collect(self, keep: bool) -> None:
+        """Only the last manifest has a root; whoever keeps by size may keep more."""
+        self.store.collect(Policy(max_size=1 << 40) if keep else Policy())
+        rooted = {root.manifest for root in self.store.roots()}
+        needed = {digest for digest in self.packs if any(self.pack_of(root) == digest for root in rooted)}
+        self.packs = {digest: samples for digest, samples in self.packs.items() if digest in needed}
+        if not keep:
+            for digest in set(self.manifests) - rooted:
+                assert self.store.manifest(digest) is None
+                del self.manifests[digest]
+        assert self.held() <= set(self.store.locations(UNIVERSE))
+
+    def pack_of(self, root: Digest) -> Digest | None:
+        manifest = self.store.manifest(root)
+        return manifest.shards[0].pack if manifest else None
+
+    @rule()
+    def check_finds_nothing_wrong(self) -> None:
+        assert {damage.kind for damage in self.store.check().damage} <= {"pack", "file"}
+
+    @rule()
+    def another_process_reads(self) -> None:
+        with Store.open(self.root, disk=UnsyncedDisk()) as other:
+            assert self.held() <= set(other.locations(UNIVERSE))
+            for digest in self.packs:
+                assert other.pack(digest)
 
     @precondition(lambda self: self.packs)
     @rule(data=st.data())

@@ -54,7 +54,7 @@ class TestOpening:
         with Store.open(root) as store:
             assert store.root == root
             assert Store.exists(root)
-            assert Path(root, "FORMAT").read_bytes() == b"kittybuild-store 1\n"
+            assert Path(root, "FORMAT").read_bytes() == b"kittybuild-store 2\n"
             folders = {path.name for path in Path(root).iterdir() if path.is_dir()}
             assert folders == {"packs", "files", "index", "manifests", "roots", "tmp", "locks"}
 
@@ -89,12 +89,12 @@ class TestOpening:
 
     def test_another_format_is_refused(self, root: str) -> None:
         Store.open(root).close()
-        Path(root, "FORMAT").write_text("kittybuild-store 2\n")
+        Path(root, "FORMAT").write_text("kittybuild-store 3\n")
         with pytest.raises(StoreError) as caught:
             Store.open(root)
         assert str(caught.value) == (
-            f"{root}: KB702: this store is of format 'kittybuild-store 2', "
-            "and this kittybuild knows 'kittybuild-store 1'\n"
+            f"{root}: KB702: this store is of format 'kittybuild-store 3', "
+            "and this kittybuild knows 'kittybuild-store 2'\n"
             "  hint: use the kittybuild that made it, or another folder with --store"
         )
 
@@ -369,7 +369,7 @@ class TestInfo:
         info = store.info()
         tmp = sum(path.stat().st_size for path in Path(store.root, "tmp").iterdir())
         assert info.to_json() == {
-            "format": "kittybuild-store 1",
+            "format": "kittybuild-store 2",
             "packs": 1,
             "pack_bytes": 12310,
             "files": 1,

@@ -1,0 +1,32 @@
+"""The reserve: space that the store gives back before it is tidied up, so that a full disk can be cleaned."""
+
+from __future__ import annotations
+
+import os
+
+from kittybuild.store.disk import Disk
+from kittybuild.store.layout import Layout
+from kittybuild.store.problems import NO_ROOM, guarded
+
+SIZE = 8 << 20
+
+
+def make_reserve(disk: Disk, paths: Layout, size: int = SIZE) -> bool:
+    """Set the space aside if there is room for it; the answer is whether it is there."""
+    if os.path.exists(paths.reserve):
+        return True
+    try:
+        disk.close(disk.create(paths.reserve, size))
+    except FileExistsError:  # another process was first
+        return True
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return False
+    return True
+
+
+def free_reserve(disk: Disk, paths: Layout) -> None:
+    """Give the space back; absent is fine."""
+    with guarded("delete", paths.reserve):
+        disk.unlink(paths.reserve)
