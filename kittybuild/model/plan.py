@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
@@ -16,7 +16,7 @@ class StagePlan:
     `donor`: the source whose companion files go with the weights; `config`: its config.json as this stage changes it.
     `shards`: the names of each shard, for a stage that becomes an output or is asked for by name; else empty.
     `keep`: whether computed tensors are kept in packs (False: made in memory when a consumer needs them). `allow_nan`:
-    NaN and infinity among them are no error.
+    NaN and infinity among them are no error. `files`: companion files in place of the donor's; None: left out.
     """
 
     name: str
@@ -27,6 +27,7 @@ class StagePlan:
     shards: tuple[tuple[str, ...], ...] = ()
     keep: bool = True
     allow_nan: bool = False
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
 
     @property
     def derivations(self) -> Mapping[str, Derivation]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kittybuild.checkpoint.folder import unknown_source
 from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
+from kittybuild.checkpoint.reading import read_companion
 from kittybuild.checkpoint.source import Checkpoint, FileId
 from kittybuild.checkpoint.sources.cached import Cached
 from kittybuild.checkpoint.sources.hub import bring_entry, identity, open_pinned
@@ -22,12 +23,16 @@ from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
 
 @dataclass(frozen=True)
 class View:
-    """A model: its tensors, the source that gives its companion files, and its config.json."""
+    """A model: its tensors, the source that gives its companion files, and its config.json.
+
+    `files`: companion files in place of that source's; None: left out.
+    """
 
     label: str
     tensors: Mapping[str, Input]
     donor: str | None
     config: Mapping[str, Any] | None
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ class Sources:
         """See that the bytes of a tensor are on this machine. Raises SourceError."""
         if cached := self.remote.get(tensor.source):
             bring_entry(cached, self.checkpoints[tensor.source].entries[tensor.name])
+
+    def companions(self, view: View, names: Collection[str]) -> dict[str, bytes]:
+        """Those of the companion files that a model has; small ones, which a plan needs to know. Raises SourceError."""
+        listed = self.checkpoints[view.donor].companions if view.donor else ()
+        found = {c.name: read_companion(c) for c in listed if c.name in names and c.name not in view.files}
+        return {**found, **{name: data for name, data in view.files.items() if name in names and data is not None}}
 
 
 def source_names(recipe: Recipe) -> dict[str, SourceDecl]:

@@ -1,4 +1,5 @@
-"""The files that travel with the weights: the donor's, byte for byte, but for a config.json that the merge changes."""
+"""The files that travel with the weights: the donor's, byte for byte, but for a config.json that the merge changes, and
+files that a stage puts in their place."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ def companion_files(stage: StagePlan, sources: Sources, store: Store) -> tuple[M
     found = []
     for companion in donor.companions:
         _unchanged(companion, donor, sources)
+        if companion.name in stage.files:
+            continue
         if companion.name == "config.json" and stage.config is not None and stage.config != donor.config:
             data = (json.dumps(stage.config, indent=2, ensure_ascii=False) + "\n").encode()
             found.append(ManifestFile(companion.name, store.put_file(data), len(data)))
@@ -30,6 +33,10 @@ def companion_files(stage: StagePlan, sources: Sources, store: Store) -> tuple[M
             found.append(_taken_over(companion, store))
             _unchanged(companion, donor, sources)
     return tuple(found)
+            _unchanged(companion, donor)
+    own = [(name, data) for name, data in stage.files.items() if data is not None]
+    found += [ManifestFile(name, store.put_file(data), len(data)) for name, data in own]
+    return tuple(sorted(found, key=lambda file: file.name)) if stage.files else tuple(found)
 
 
 def _taken_over(companion: Companion, store: Store) -> ManifestFile:
