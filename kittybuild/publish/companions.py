@@ -32,8 +32,6 @@ def companion_files(stage: StagePlan, sources: Sources, store: Store) -> tuple[M
         else:
             found.append(_taken_over(companion, store))
             _unchanged(companion, donor, sources)
-    return tuple(found)
-            _unchanged(companion, donor)
     own = [(name, data) for name, data in stage.files.items() if data is not None]
     found += [ManifestFile(name, store.put_file(data), len(data)) for name, data in own]
     return tuple(sorted(found, key=lambda file: file.name)) if stage.files else tuple(found)

@@ -130,7 +130,7 @@ def test_neighbours_weigh_by_their_distance(k: int, cosine: bool) -> None:
 def test_a_row_that_is_a_shared_one_is_that_one() -> None:
     model, donor = tables()
     donor[:FRESH] = donor[FRESH : 2 * FRESH]
-    for builder in ("transplant_common_interpolation", "transplant_fitted_interpolation", "transplant_omp"):
+    for builder in ("transplant_common_interpolation", "transplant_fitted_interpolation"):
         made = transplanted(builder, (model, donor), k=1)
         torch.testing.assert_close(made[:FRESH], made[FRESH : 2 * FRESH])
 
@@ -239,12 +239,8 @@ def test_untrained_rows_are_the_shortest_the_unused_and_what_is_like_them() -> N
     table = drawn("table", 200, 8).numpy()
     table[50], table[60] = 1e-3, 1e-4
     assert np.flatnonzero(undertrained(table, [])).tolist() == [50, 60]
-    table[70], table[71] = 30 * table[9], 20 * table[9]
-    assert (
-        np.flatnonzero(undertrained(table, [9])).tolist() == [9, 50, 60, 70]
-        or undertrained(table, [9])[[9, 50, 60]].all()
-    )
-    assert undertrained(table, [9])[70] or undertrained(table, [9])[71]
+    table[70], table[71] = 32 * table[9], 16 * table[9]  # equally like it: of the two, the first
+    assert np.flatnonzero(undertrained(table, [9])).tolist() == [9, 50, 60, 70]
 
 
 def test_untrained_tokens_help_nobody() -> None:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -260,6 +260,9 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     assert set(first_words(section(text, "Slices"))) == slices
     lora = {*schema.ApplyLoraText.model_fields, *schema.AdapterText.model_fields} - STAGE_KEYS
     assert set(first_words(section(text, "apply_lora"))) == lora
+    fields = schema.TransplantText.model_fields
+    methods = get_args(fields["approximation_method"].annotation)
+    assert set(first_words(section(page("transplant.md"), "Options"))) == {*fields, *methods} - STAGE_KEYS
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 
