@@ -115,6 +115,11 @@ class TransplantLowering:
         """The steps of all tensors of the model, in natural order."""
         if self.model is None or self.donor is None:
             return {}
+        if self.stage.approximation.approximation_method not in _PLAIN and max(self._matching(True).same) < 0:
+            message = f"the tokenizers of {self.stage.model} and {self.stage.donor} have no token in common"
+            hint = "approximation_method: subword or mean needs none"
+            self.problems.append(PlanError("KB341", message, at=str(self.stage.at), hint=hint))
+            return {}
         steps: dict[str, Step] = {}
         dtype = self.stage.out_dtype or self.stage.dtype
         for name in sorted(self.model.view.tensors, key=natural):
@@ -205,10 +210,6 @@ class TransplantLowering:
             options["noise"] = how.new_vocab_noise
         if how.new_vocab_scale is not None:
             options["scale"] = how.new_vocab_scale
-        if shared == 0 and method not in _PLAIN:
-            message = f"the tokenizers of {self.stage.model} and {self.stage.donor} have no token in common"
-            hint = "approximation_method: subword or mean needs none"
-            self.problems.append(PlanError("KB341", message, at=str(self.stage.at), hint=hint))
         return options
 
     def _pieces(self, wanted: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
