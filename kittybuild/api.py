@@ -19,14 +19,13 @@ from kittybuild.model.derivation import Derivation
 from kittybuild.model.lock import Pin, differences, lock_json
 from kittybuild.model.manifest import Manifest, ManifestTensor
 from kittybuild.model.plan import Plan, StagePlan
-from kittybuild.model.recipe import MergeStage, Recipe, SourceDecl
+from kittybuild.model.recipe import Recipe, SourceDecl
 from kittybuild.planner.explain import Explanation, explanations
 from kittybuild.planner.fetching import downloads
 from kittybuild.planner.known import Known
 from kittybuild.planner.locking import locked, pinned_sources, pins, versions
 from kittybuild.planner.lower import lower, origins, targets
-from kittybuild.planner.machine import Machine, this_machine
-from kittybuild.planner.peers import rules_of
+from kittybuild.planner.machine import Machine, by_machine, this_machine
 from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
@@ -157,8 +156,8 @@ def prepare(
     decls = source_names(recipe)
     paths = locate(recipe, decls)
     _check_folders(recipe, folders, paths)
-    peers = any(isinstance(stage, MergeStage) and rules_of(stage.numerics).peer for stage in recipe.stages.values())
-    machine = this_machine(capability) if peers else None
+    depends = any(by_machine(stage, builders) for stage in recipe.stages.values())
+    machine = this_machine(capability) if depends else None
     web = Web(offline=offline)
     pinned = pinned_sources(decls, paths, read_lock(recipe.file), web)
     prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in pinned.pins.items()}

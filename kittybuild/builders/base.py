@@ -83,7 +83,7 @@ class Builder:
     input that is not streamed takes beside its own (in float64, in two slices). `measured`: `prepare` scans the inputs.
     `rows`: blocks are whole rows (of the last dimension) instead of whole leaves. `seeded`: the plan adds the recipe's
     `seed` and the output's name (`tensor`) to the parameters. `numerics`: the class of arithmetic; in each class a
-    name stands for one builder.
+    name stands for one builder. `machine`: bits depend on numpy and the CPU, which the plan adds to the class.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Builder:
     rows: bool = False
     seeded: bool = False
     numerics: str = KITTY_1
+    machine: bool = False
     method: Method | None = None
 
 

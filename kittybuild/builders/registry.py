@@ -19,13 +19,25 @@ from kittybuild.builders.merge.spherical import KARCHER, MULTISLERP
 from kittybuild.builders.merge.tall_masks import CONSENSUS_TA, CONSENSUS_TIES
 from kittybuild.builders.merge.task_arithmetic import FAMILY
 from kittybuild.builders.peers import mergekit_0_1_4, mergekit_0_1_5, mergekitty_0_3
+from kittybuild.builders.transplant.neighbours import INTERPOLATION, INTERPOLATION_FITTED
+from kittybuild.builders.transplant.plain import JOHN_HEWITT, MEAN, RANDN, SUBWORD, ZERO
+from kittybuild.builders.transplant.pursuit import OMP
+from kittybuild.builders.transplant.spaces import LANDMARK_PCA, STB
 from kittybuild.builders.vocab import ROWS
 
 SPHERICAL = (SLERP, NUSLERP, MULTISLERP, KARCHER)
 DIFFERENCES = (*FAMILY, CONSENSUS_TA, CONSENSUS_TIES, MODEL_STOCK, SCE, RAM, RAMPLUS_TL)
 PAIRED = (NEARSWAP, ARCEE_FUSION)
+TRANSPLANTS = (
+    *(MEAN, ZERO, RANDN, JOHN_HEWITT, SUBWORD),
+    *(INTERPOLATION, INTERPOLATION_FITTED, OMP, LANDMARK_PCA, STB),
+)
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
 BUILTIN = replace(
-    Builders.of(CAST, SAME, JOIN, CUT, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH, *PEERS),
+    Builders.of(
+        *(CAST, SAME, JOIN, CUT, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH),
+        *TRANSPLANTS,
+        *PEERS,
+    ),
     files=(),
 )

@@ -42,7 +42,7 @@ def block_elements(builder: Builder, drv: Derivation, share: int) -> int:
 def cost(builder: Builder, drv: Derivation, elements: int) -> int:
     """The bytes that realising a derivation takes at its peak."""
     count = streamed(builder, drv)
-    whole = sum(given.spec.numel for given in drv.inputs[count:]) * 24  # as stored, in float64, and in two slices
+    whole = sum(given.spec.nbytes + given.spec.numel * builder.whole for given in drv.inputs[count:])
     selected = count * min(drv.output.numel, IN_MEMORY) * 8 if builder.measured else 0
     return block_bytes(builder, drv, min(elements, drv.output.numel)) + whole + selected
 

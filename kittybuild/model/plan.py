@@ -17,7 +17,7 @@ class StagePlan:
     `files`: companion files that it has otherwise than the donor (None: not at all).
     `shards`: the names of each shard, for a stage that becomes an output or is asked for by name; else empty.
     `keep`: whether computed tensors are kept in packs (False: made in memory when a consumer needs them). `allow_nan`:
-    NaN and infinity among them are no error.
+    NaN and infinity among them are no error. `files`: companion files in place of the donor's; None: left out.
     """
 
     name: str

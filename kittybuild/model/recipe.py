@@ -226,7 +226,57 @@ class ApplyLoraStage:
         return (self.base,)
 
 
-Stage = MergeStage | ApplyLoraStage
+Sides = Literal["no", "yes", "embed", "lm_head"]
+"""Neither table, both, or one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Approximation:
+    """How rows of tokens that the model lacks are made, in the words of mergekit-tokensurgeon.
+
+    `k`: shared tokens that a row is made of, at most. `cosine_similarity`: instead of distances. `magikarp`: tokens
+    that nobody trained are no help. `new_vocab_noise`, `new_vocab_scale`: added to new rows, then times.
+    """
+
+    approximation_method: str = "omp"
+    k: int = 64
+    cosine_similarity: bool = False
+    weight_scheme: str = "distance_proportional"
+    subword_method: str = "mean"
+    magikarp: bool = False
+    new_vocab_noise: float | None = None
+    new_vocab_scale: float | None = None
+
+    @property
+    def builder(self) -> str:
+        """The builder that makes the tables."""
+        fitted = self.approximation_method == "common_interpolation" and self.weight_scheme != "distance_proportional"
+        return f"transplant_{'fitted_interpolation' if fitted else self.approximation_method}"
+
+
+@dataclass(frozen=True)
+class TransplantStage:
+    """A model with the tokenizer of a donor: tables get a row for each of the donor's tokens."""
+
+    name: str
+    model: ModelRef
+    donor: ModelRef
+    approximation: Approximation = Approximation()
+    prefix_match: Sides = "no"
+    byte_match: Sides = "no"
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    keep: bool = True
+    allow_nan: bool = False
+    at: At = field(default=NOWHERE, compare=False)
+    kind: Literal["transplant_tokenizer"] = "transplant_tokenizer"
+
+    def references(self) -> tuple[ModelRef, ...]:
+        """Model and donor."""
+        return tuple(dict.fromkeys((self.model, self.donor)))
+
+
+Stage = MergeStage | ApplyLoraStage | TransplantStage
 
 
 @dataclass(frozen=True, slots=True)

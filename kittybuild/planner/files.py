@@ -13,11 +13,13 @@ from kittybuild.errors import SourceError
 from kittybuild.model.plan import StagePlan
 from kittybuild.planner.views import Sources, View
 from kittybuild.tokens.agreement import Facts
-from kittybuild.tokens.chat import read_template
-from kittybuild.tokens.reading import CONFIG, SPECIAL, document
+from kittybuild.tokens.chat import JINJA, PROCESSOR, read_template
+from kittybuild.tokens.reading import CONFIG, FILES, SPECIAL, UNREAD, document
 
 CONFIG_JSON = "config.json"
 GENERATION = "generation_config.json"
+TOKENIZER_FILES = (*FILES, *UNREAD, JINJA, PROCESSOR)
+"""All files that go with a tokenizer."""
 
 
 class ModelFiles:

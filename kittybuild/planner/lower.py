@@ -9,11 +9,12 @@ from kittybuild.builders.base import Builders
 from kittybuild.errors import KittybuildError, PlanError, UsageError, nearest, raise_all
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
-from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, TransplantStage
 from kittybuild.planner.config import with_dtype
-from kittybuild.planner.files import ModelFiles
+from kittybuild.planner.files import GENERATION, TOKENIZER_FILES, ModelFiles
 from kittybuild.planner.lower_lora import lower_lora
 from kittybuild.planner.lower_merge import MergeLowering
+from kittybuild.planner.lower_transplant import TransplantLowering
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin
 from kittybuild.planner.modules import ModulesLowering
@@ -155,6 +156,9 @@ class _Lowering:
             steps, donor, files = merge.steps(), merge.donor, models.files
             config = merge.config() if len(self.problems) == before else None
             self.notes += [*merge.notes, *models.notes]
+        elif isinstance(stage, TransplantStage):
+            self._transplant(stage)
+            return
         else:
             donor = self.view(stage.base)
             files = donor.files
@@ -170,6 +174,34 @@ class _Lowering:
         if len(self.problems) > before:
             self._break(stage)
             return
+        self._finish(stage, donor, steps, config, files)
+
+    def _transplant(self, stage: TransplantStage) -> None:
+        before = len(self.problems)
+        views = self.view(stage.model), self.view(stage.donor)
+        try:
+            model, donor = (self.files.of(view, (*TOKENIZER_FILES, GENERATION)) for view in views)
+            transplant = TransplantLowering(
+                stage, views, (model, donor), self.builders, self.problems, self.recipe.seed, self.machine
+            )
+            steps = transplant.steps()
+        except KittybuildError as error:
+            self.problems.append(error)
+        if len(self.problems) > before:
+            self._break(stage)
+            return
+        files = {**views[0].files, **transplant.companions()}
+        self._finish(stage, views[0], steps, transplant.config(), files)
+
+    def _finish(
+        self,
+        stage: Stage,
+        donor: View,
+        steps: dict[str, Step],
+        config: Mapping[str, object] | None,
+        files: Mapping[str, bytes | None],
+    ) -> None:
+        """Note the plan of a stage, and the model that it makes."""
         config = config and _dtype_fixed(config, donor, steps)
         self.done[stage.name] = StagePlan(
             stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep, allow_nan=stage.allow_nan, files=files

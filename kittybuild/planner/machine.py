@@ -9,7 +9,10 @@ import platform
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.opening import package_version
+from kittybuild.model.recipe import MergeStage, Stage, TransplantStage
+from kittybuild.planner.peers import rules_of
 
 _FORCED = ("default", "avx2", "avx512")
 _WIDE = frozenset({"avx512vl", "avx512bw", "avx512dq", "fma"})
@@ -27,6 +30,17 @@ class Machine:
     def text(self, *, numpy: bool) -> str:
         """As a derivation's class of arithmetic names it: `torch 2.13.0 AVX512`."""
         return f"torch {self.torch} {f'numpy {self.numpy} ' if numpy else ''}{self.instructions}"
+
+    def numpy_text(self) -> str:
+        """The same where torch takes no part: `numpy 2.4.0 AVX512`."""
+        return f"numpy {self.numpy} {self.instructions}"
+
+
+def by_machine(stage: Stage, builders: Builders) -> bool:
+    """Whether the bits of a stage depend on the machine."""
+    if isinstance(stage, TransplantStage):
+        return builders[stage.approximation.builder].machine
+    return isinstance(stage, MergeStage) and rules_of(stage.numerics).peer
 
 
 def this_machine(capability: str | None) -> Machine:

@@ -12,8 +12,7 @@ from kittybuild import __version__
 from kittybuild.builders.base import Builders
 from kittybuild.digest import Digest, tagged
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, to_json
-from kittybuild.planner.machine import Machine
-from kittybuild.planner.peers import rules_of
+from kittybuild.planner.machine import Machine, by_machine
 from kittybuild.planner.vocabulary import gathers, tables_stage
 
 
@@ -29,7 +28,7 @@ def stage_keys(
     `machine`: where they are to be built, if a class of arithmetic depends on that.
     """
     versions = {f"{b.numerics}/{b.name}": b.version for b in builders.by_class.values()}
-    keys = _Keys(recipe, fingerprints, versions, machine)
+    keys = _Keys(recipe, fingerprints, builders, versions, machine)
     for name in wanted:
         keys.stage(recipe.stages[name])
     # What an intermediate stage lists depends on what is asked of it.
@@ -46,10 +45,12 @@ class _Keys:
         self,
         recipe: Recipe,
         fingerprints: Mapping[str, Digest],
+        builders: Builders,
         versions: Mapping[str, int | str],
         machine: Machine | None,
     ) -> None:
-        self.recipe, self.fingerprints, self.versions, self.machine = recipe, fingerprints, versions, machine
+        self.recipe, self.fingerprints, self.machine = recipe, fingerprints, machine
+        self.builders, self.versions = builders, versions
         self.done: dict[str, Digest] = {}
 
     def stage(self, stage: Stage) -> Digest:
@@ -58,12 +59,12 @@ class _Keys:
             named = {str(ref): self.model(ref).hex for ref in stage.references()}
             if isinstance(stage, ApplyLoraStage):
                 named |= {str(use.adapter): self.fingerprints[use.adapter.base_text].hex for use in stage.adapters}
-            peers = isinstance(stage, MergeStage) and rules_of(stage.numerics).peer
+            depends = by_machine(stage, self.builders)
             form = {
                 "tool": __version__,
                 "versions": self.versions,
                 "seed": self.recipe.seed,
-                "machine": self.machine.text(numpy=True) if peers and self.machine else None,
+                "machine": self.machine.text(numpy=True) if depends and self.machine else None,
                 "stage": to_json(replace(stage, name="")),
                 "models": named,
             }

@@ -17,7 +17,7 @@ from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.plan import StagePlan
 from kittybuild.model.recipe import MergeStage, ModelRef
 from kittybuild.model.tokenizer import TokenizerRequest
-from kittybuild.planner.files import GENERATION, ModelFiles
+from kittybuild.planner.files import GENERATION, TOKENIZER_FILES, ModelFiles
 from kittybuild.planner.names import is_vocabulary
 from kittybuild.planner.peers import rules_of
 from kittybuild.planner.views import View
@@ -31,8 +31,6 @@ from kittybuild.tokens.outcome import Outcome, carry_out, read_all
 from kittybuild.tokens.reading import FILES, UNREAD, read_vocabulary
 from kittybuild.tokens.vocabulary import Vocabulary
 
-NAMES = (*FILES, *UNREAD, chat.JINJA, chat.PROCESSOR)
-"""All files that go with a tokenizer."""
 BASE = TokenizerRequest("base")
 
 
@@ -88,7 +86,7 @@ class _Merge:
 
     def files_of(self, ref: ModelRef) -> dict[str, bytes]:
         """The tokenizer files of a model, with its chat template."""
-        return self._files.of(self.models[ref], NAMES)
+        return self._files.of(self.models[ref], TOKENIZER_FILES)
 
     def has_tokenizer(self) -> bool:
         """Whether a model has one at all."""
@@ -213,7 +211,7 @@ class _Merge:
                 notes.append(f"{wish.at}: the output has no tokenizer, and so no chat template")
             elif template is not None:
                 wanted = wanted | chat.with_template(wanted, template, str(lead))
-        changed = {name: wanted.get(name) for name in NAMES if wanted.get(name) != before.get(name)}
+        changed = {name: wanted.get(name) for name in TOKENIZER_FILES if wanted.get(name) != before.get(name)}
         return replace(result, files={**own, **result.files, **changed}, notes=tuple(notes))
 
     def _disagreements(self, *, spoken: bool) -> list[str]:

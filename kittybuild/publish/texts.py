@@ -13,7 +13,7 @@ from typing import Any
 from kittybuild import __version__
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import Method, find
-from kittybuild.model.recipe import ApplyLoraStage, MergeStage, Recipe, Stage
+from kittybuild.model.recipe import ApplyLoraStage, MergeStage, Recipe, Stage, TransplantStage
 from kittybuild.publish.folder import PROVENANCE, shard_names
 
 MERGEKIT = "mergekit_config.yml"
@@ -105,5 +105,8 @@ def _sentence(stage: Stage, methods: Sequence[Method]) -> str:
         linked = f"[{title}]({method.paper})" if method and method.paper else title
         on = f" on `{stage.base}`" if stage.base else ""
         return f"{linked} of {', '.join(f'`{ref}`' for ref in stage.references() if ref != stage.base)}{on}"
+    if isinstance(stage, TransplantStage):
+        way = stage.approximation.approximation_method
+        return f"`{stage.model}` with the tokenizer of `{stage.donor}`; rows of new tokens by {way}"
     added = ", ".join(f"`{use.adapter}` × {use.weight:g}" for use in stage.adapters)
     return f"LoRA {added} on `{stage.base}`"

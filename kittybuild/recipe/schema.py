@@ -123,6 +123,37 @@ class ApplyLoraText(_StageText):
     adapters: Annotated[list[AdapterText], Field(min_length=1)]
 
 
+Sides = StrictBool | Literal["no", "yes", "embed", "lm_head"]
+
+
+class TransplantText(_StageText):
+    """A transplant_tokenizer stage; its options are those of mergekit-tokensurgeon."""
+
+    kind: Literal["transplant_tokenizer"]
+    model: ReferenceText
+    donor: ReferenceText
+    approximation_method: Literal[
+        "omp",
+        "common_interpolation",
+        "subword",
+        "mean",
+        "zero",
+        "randn",
+        "john_hewitt",
+        "landmark_pca",
+        "stb",
+    ] = "omp"
+    k: Annotated[StrictInt, Field(ge=1)] = 64
+    cosine_similarity: StrictBool = False
+    weight_scheme: Literal["distance_proportional", "barycentric", "least_squares"] = "distance_proportional"
+    subword_method: Literal["mean", "sum", "weighted_mean", "first_last"] = "mean"
+    prefix_match: Sides = "no"
+    byte_match: Sides = "no"
+    magikarp: StrictBool = False
+    new_vocab_noise: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
+    new_vocab_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
 class SourceText(_Text):
     """A source: one of `path`, `package` + `file`, `hub`."""
 
@@ -161,8 +192,13 @@ class RecipeText(_Text):
     outputs: dict[str, OutputText] = Field(default_factory=dict)
 
 
-STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText]] = MappingProxyType(
-    {"merge": MergeText, "state_dict": StateDictText, "apply_lora": ApplyLoraText}
+STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText | TransplantText]] = MappingProxyType(
+    {
+        "merge": MergeText,
+        "state_dict": StateDictText,
+        "apply_lora": ApplyLoraText,
+        "transplant_tokenizer": TransplantText,
+    }
 )
 
 

@@ -1,19 +1,19 @@
-"""From the text of one stage to Stage: what kinds share (dtypes, keep, numerics), and apply_lora."""
+"""From the text of one stage to Stage: what kinds share (dtypes, keep, numerics), apply_lora, transplant_tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from kittybuild.errors import RecipeError, nearest
 from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.method import Catalogue
-from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, Stage
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, Approximation, Sides, Stage, TransplantStage
 from kittybuild.recipe.merge import Problems, Scope, merge_stage
 from kittybuild.recipe.reference import parse_reference
-from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, check
+from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, TransplantText, check
 from kittybuild.recipe.yamltext import Document, Path
 from kittybuild.tensors import DType
 
@@ -53,6 +53,8 @@ def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | 
     }
     if isinstance(form, ApplyLoraText):
         return _apply_lora(name, form, reading, path, shared)
+    if isinstance(form, TransplantText):
+        return _transplant(name, form, reading, path, shared)
     numerics = read_numerics(form.numerics, reading, (*path, "numerics"))
     scope = Scope(document, path, reading.catalogue, numerics, problems, reading.notes, own, left_out)
     stage = merge_stage(form, scope)
@@ -74,6 +76,26 @@ def _apply_lora(
         elif adapter:
             adapters.append(AdapterUse(adapter, item.weight, here))
     return ApplyLoraStage(name, base, tuple(adapters), **shared) if base else None
+
+
+def _transplant(
+    name: str, form: TransplantText, reading: Reading, path: Path, shared: Mapping[str, Any]
+) -> TransplantStage | None:
+    model, donor = (
+        parse_reference(text, reading.document.at((*path, key)), reading.problems)
+        for key, text in (("model", form.model), ("donor", form.donor))
+    )
+    if model is None or donor is None:
+        return None
+    approximation = Approximation(**{field.name: getattr(form, field.name) for field in fields(Approximation)})
+    return TransplantStage(
+        name, model, donor, approximation, _sides(form.prefix_match), _sides(form.byte_match), **shared
+    )
+
+
+def _sides(text: bool | Sides) -> Sides:
+    """In YAML, a plain `yes` is true."""
+    return ("yes" if text else "no") if isinstance(text, bool) else text
 
 
 def read_numerics(word: str | None, reading: Reading, path: Path) -> str:

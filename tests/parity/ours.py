@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from kittybuild.builders.registry import BUILTIN
-from kittybuild.model.derivation import Derivation, Input, SourceTensor
+from kittybuild.model.derivation import SourceTensor, StageTensor, Step
 from kittybuild.planner.lower import lower, targets
 from kittybuild.planner.machine import this_machine
 from kittybuild.planner.views import locate, open_all, source_names
@@ -42,18 +42,12 @@ def made_in_memory(numerics: str, chosen: Sequence[Case], folder: Path) -> Itera
     plan = lower(recipe, targets(recipe, ()), open_all(sources), BUILTIN, machine)
     models = {name: load_tensors(path) for name, path in sources.items()}
 
-    def tensor_of(given: Input) -> Tensor:
-        assert isinstance(given, SourceTensor)
-        return models[given.source][given.name]
+    def made(step: Step) -> Tensor:
+        if isinstance(step, SourceTensor):
+            return models[step.source][step.name]
+        if isinstance(step, StageTensor):
+            return made(plan.step(step))
+        return realised(step, list(map(made, step.inputs))).tensor
 
     for number, case in enumerate(chosen):
-        steps = plan.stages[f"case-{number}"].steps
-        yield (
-            case,
-            {
-                name: realised(step, list(map(tensor_of, step.inputs))).tensor
-                if isinstance(step, Derivation)
-                else tensor_of(step)
-                for name, step in steps.items()
-            },
-        )
+        yield case, {name: made(step) for name, step in plan.stages[f"case-{number}"].steps.items()}

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -262,6 +262,9 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     assert set(first_words(section(text, "apply_lora"))) == lora
     raw = {*schema.StateDictText.model_fields} - {*schema.MergeText.model_fields}
     assert set(first_words(section(text, "state_dict"))) == raw
+    fields = schema.TransplantText.model_fields
+    methods = get_args(fields["approximation_method"].annotation)
+    assert set(first_words(section(page("transplant.md"), "Options"))) == {*fields, *methods} - STAGE_KEYS
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 
@@ -346,7 +349,7 @@ def test_the_laws_are_those_of_the_code() -> None:
 def test_the_fields_of_a_builder_are_told() -> None:
     fields = {field.name for field in dataclasses.fields(Builder)}
     told = set(first_words(section(page("plugins.md"), "What the Builder says")))
-    assert fields - told == {"prepare", "streamed", "whole", "numerics"}, "what a plug-in does not say"
+    assert fields - told == {"prepare", "streamed", "whole", "numerics", "machine"}, "what a plug-in does not say"
     assert told <= fields
 
 

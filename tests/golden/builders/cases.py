@@ -129,10 +129,21 @@ def _lora() -> Iterator[Case]:
 
 def digests() -> dict[str, dict[str, str]]:
     """The digest of each case, by builder and name."""
-    from tests.golden.builders import cases_differences, cases_geometry, cases_tables  # they import this
+    from tests.golden.builders import (
+        cases_differences,
+        cases_geometry,
+        cases_tables,
+        cases_transplants,
+    )  # they import this
 
     found: dict[str, dict[str, str]] = {}
-    for case in (*cases(), *cases_differences.cases(), *cases_geometry.cases(), *cases_tables.cases()):
+    for case in (
+        *cases(),
+        *cases_differences.cases(),
+        *cases_geometry.cases(),
+        *cases_tables.cases(),
+        *cases_transplants.cases(),
+    ):
         assert case.name not in found.setdefault(case.builder, {}), case
         found[case.builder][case.name] = case.digest()
     return found

@@ -1,4 +1,4 @@
-"""Fixed inputs for tables that are gathered anew: copies, averages, zeros and means, on each axis."""
+"""Fixed inputs for tables that are gathered anew (copies, averages, zeros and means, on each axis), joined and cut."""
 
 from __future__ import annotations
 
@@ -37,3 +37,7 @@ def cases() -> Iterator[Case]:
     yield gathered("mixed dtypes", differing, [*(((0, row), (1, row)) for row in range(30)), ((0, 39),)])
     integers = ((drawn("ids", 50, 3) * 1e9).long(),)
     yield gathered("integers", integers, [((0, row),) for row in range(49, -1, -1)])
+    pieces = tuple(drawn(f"piece {number}", 300, WIDTH + number, dtype=BF16) for number in range(3))
+    whole = sum(piece.numel() for piece in pieces)
+    yield Case("join", "three pieces", pieces, {}, shape=(whole,))
+    yield Case("cut", "from the middle of a leaf", pieces[:1], {"start": 1000}, shape=(100, 200))
