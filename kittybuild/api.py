@@ -20,14 +20,11 @@ from kittybuild.model.lock import Pin, differences, lock_json
 from kittybuild.model.manifest import Manifest, ManifestTensor
 from kittybuild.model.plan import Plan, StagePlan
 from kittybuild.model.recipe import Recipe, SourceDecl
-from kittybuild.planner.explain import Explanation, explanations
-from kittybuild.planner.fetching import downloads
-from kittybuild.planner.known import Known
 from kittybuild.planner.locking import locked, pinned_sources, pins, versions
-from kittybuild.planner.lower import lower, origins, targets
 from kittybuild.planner.machine import Machine, by_machine, this_machine
 from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.store.store import Store
@@ -35,6 +32,8 @@ from kittybuild.store.store import Store
 if TYPE_CHECKING:
     from kittybuild.executor.events import Events
     from kittybuild.executor.run import StageResult
+    from kittybuild.planner.explain import Explanation
+    from kittybuild.planner.known import Known
 
 MEMORY = 4_000_000_000
 
@@ -209,6 +208,8 @@ def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[st
 
 def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
+    from kittybuild.planner.lower import lower
+
     sources = open_all(prepared.paths, prepared.pins, prepared.web)
     made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
     unpinned = tuple(
@@ -219,6 +220,8 @@ def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) 
 
 
 def _looked_up(made: Plan, sources: Sources, store: Store | None) -> Known:
+    from kittybuild.planner.known import Known
+
     known = Known(made, sources, store)
     for name in known.plan.stages:
         known.look_up(name)
@@ -229,6 +232,9 @@ def explain(
     prepared: Prepared, store: Store | None, tensor: str, builders: Builders = BUILTIN
 ) -> tuple[Explanation, ...]:
     """What makes the tensor of that name in each stage that has it, and where its parameters come from."""
+    from kittybuild.planner.explain import explanations
+    from kittybuild.planner.lower import origins
+
     known = plan(prepared, store, builders)
     found = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine, tensor)
     return explanations(known, found, prepared.recipe, tensor)
@@ -347,6 +353,7 @@ def _run(
     from kittybuild.executor.events import Silent
     from kittybuild.executor.fetch import fetch
     from kittybuild.executor.run import Limits, run
+    from kittybuild.planner.fetching import downloads
     from kittybuild.publish.companions import companion_files
 
     events = events or Silent()
@@ -399,7 +406,6 @@ def _publish(
 
 __all__ = [
     "BuildReport",
-    "Explanation",
     "LockReport",
     "OutputReport",
     "Plan",

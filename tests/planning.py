@@ -19,8 +19,9 @@ from kittybuild.errors import KittybuildError, Problems
 from kittybuild.model.derivation import Derivation
 from kittybuild.model.plan import Plan
 from kittybuild.model.recipe import MergeStage, Recipe
-from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.lower import lower
 from kittybuild.planner.machine import Machine
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.tensors import DType

@@ -9,7 +9,8 @@ import click
 from kittybuild.cli.common import JSON, STORE, Duration, Found, amount, answers, store_folder
 from kittybuild.cli.store_open import existing
 from kittybuild.errors import KittybuildError, StoreError
-from kittybuild.store.store import Damage, Extent, Root, Store
+from kittybuild.store.check import Damage, Extent
+from kittybuild.store.store import Root, Store
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]

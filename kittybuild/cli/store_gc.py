@@ -9,7 +9,7 @@ import click
 
 from kittybuild.cli.common import JSON, STORE, Duration, Size, amount, answers
 from kittybuild.cli.store_open import existing
-from kittybuild.store.store import Collected, GcPlan, Policy
+from kittybuild.store.gc import Collected, GcPlan, Policy
 
 
 @click.command("gc")

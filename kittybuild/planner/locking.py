@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kittybuild import __version__
 from kittybuild.checkpoint.opening import open_source, package_version
@@ -17,7 +18,9 @@ from kittybuild.errors import KittybuildError, SourceError, raise_all
 from kittybuild.model.derivation import SourceTensor
 from kittybuild.model.lock import FilePin, Pin
 from kittybuild.model.recipe import SourceDecl
-from kittybuild.planner.known import Known
+
+if TYPE_CHECKING:
+    from kittybuild.planner.known import Known
 
 BUILT_WITH = ("torch", "numpy", "safetensors", "blake3")
 

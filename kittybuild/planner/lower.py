@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kittybuild.builders.base import Builders
-from kittybuild.errors import KittybuildError, PlanError, UsageError, nearest, raise_all
+from kittybuild.errors import KittybuildError, PlanError, raise_all
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, TransplantStage
@@ -23,17 +23,6 @@ from kittybuild.planner.vocabulary import Aligned, aligned, without_tables
 from kittybuild.tensors import DType
 
 DEFAULT_SHARD = 1_000_000_000
-
-
-def targets(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
-    """The stages that are wanted whole: those asked for, else the outputs, else those that no other stage needs."""
-    for name in asked:
-        if name not in recipe.stages:
-            raise UsageError("KB001", f"there is no stage {name!r}", at=recipe.file, hint=nearest(name, recipe.stages))
-    if asked or recipe.outputs:
-        return tuple(name for name in recipe.stages if name in (asked or recipe.outputs))
-    needed = {ref.model for stage in recipe.stages.values() for ref in stage.references()}
-    return tuple(name for name in recipe.stages if name not in needed)
 
 
 def lower(

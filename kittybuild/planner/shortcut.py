@@ -13,7 +13,7 @@ from kittybuild.builders.base import Builders
 from kittybuild.digest import Digest, tagged
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, to_json
 from kittybuild.planner.machine import Machine, by_machine
-from kittybuild.planner.vocabulary import gathers, tables_stage
+from kittybuild.planner.tables import gathers, tables_stage
 
 
 def stage_keys(

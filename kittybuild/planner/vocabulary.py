@@ -20,6 +20,7 @@ from kittybuild.model.tokenizer import TokenizerRequest
 from kittybuild.planner.files import GENERATION, TOKENIZER_FILES, ModelFiles
 from kittybuild.planner.names import is_vocabulary
 from kittybuild.planner.peers import rules_of
+from kittybuild.planner.tables import gathers, tables_stage
 from kittybuild.planner.views import View
 from kittybuild.tensors import TensorSpec
 from kittybuild.tokens import chat
@@ -32,16 +33,6 @@ from kittybuild.tokens.reading import FILES, UNREAD, read_vocabulary
 from kittybuild.tokens.vocabulary import Vocabulary
 
 BASE = TokenizerRequest("base")
-
-
-def gathers(stage: MergeStage) -> bool:
-    """Whether a merge may gather tables."""
-    return stage.tokenizer is not None or rules_of(stage.numerics).rebuilds
-
-
-def tables_stage(stage: str, ref: ModelRef) -> str:
-    """The name of the hidden stage that gathers a model's tables for a merge."""
-    return f"{stage}/tables of {ref}"
 
 
 @dataclass(frozen=True)

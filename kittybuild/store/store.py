@@ -11,46 +11,40 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from kittybuild.digest import Digest, tagged
 from kittybuild.model.manifest import Manifest
-from kittybuild.store.check import Checked, Damage, Extent, check
 from kittybuild.store.claims import Claims
 from kittybuild.store.disk import Disk
 from kittybuild.store.facts import Location
 from kittybuild.store.format import DELETE, USE, VERSION, Format, checked_format, mend_format, migrate
-from kittybuild.store.gc import Collected, GcPlan, Policy, collect, plan_gc, repack
 from kittybuild.store.index import Index
-from kittybuild.store.info import StoreInfo, store_info
 from kittybuild.store.inside import Inside
 from kittybuild.store.layout import Layout
 from kittybuild.store.locks import convert, held, release, take
 from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded
-from kittybuild.store.repair import Repaired, repair
 from kittybuild.store.reserve import free_reserve, make_reserve
 from kittybuild.store.roots import Root
 from kittybuild.store.unfinished import Salvaged
-from kittybuild.store.usage import Use, used_by
 from kittybuild.store.writer import PATIENCE, FinishedPack, PackWriter
 from kittybuild.tensors import TensorRef, TensorSpec
 
+if TYPE_CHECKING:  # care is taken of a store now and then, and costs its imports then only
+    from kittybuild.store.check import Checked, Extent
+    from kittybuild.store.gc import Collected, GcPlan, Policy
+    from kittybuild.store.info import StoreInfo
+    from kittybuild.store.repair import Repaired
+    from kittybuild.store.usage import Use
+
 __all__ = [
-    "Checked",
-    "Collected",
-    "Damage",
     "DamagedTensor",
-    "Extent",
     "FinishedPack",
-    "GcPlan",
     "Location",
     "PackWriter",
-    "Policy",
-    "Repaired",
     "Root",
     "Salvaged",
     "Store",
-    "StoreInfo",
-    "Use",
 ]
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
@@ -247,6 +241,8 @@ class Store:
 
     def info(self) -> StoreInfo:
         """What the store holds, in numbers."""
+        from kittybuild.store.info import store_info
+
         with guarded("read", self.root):
             return store_info(self._paths, self._facts, self._roots)
 
@@ -258,6 +254,8 @@ class Store:
 
     def plan_gc(self, policy: Policy) -> GcPlan:
         """What `collect` would delete now. Changes nothing."""
+        from kittybuild.store.gc import plan_gc
+
         with guarded("read", self.root):
             return plan_gc(self._inside, policy)
 
@@ -266,6 +264,8 @@ class Store:
 
         Packs of which little is worth keeping are written anew, smaller, before they are deleted.
         """
+        from kittybuild.store.gc import collect, plan_gc, repack
+
         with guarded("collect in", self.root):
             checked_format(self._paths, DELETE)
             with self._alone(patience):
@@ -279,11 +279,15 @@ class Store:
 
     def check(self, extent: Extent | None = None) -> Checked:
         """Compare what the store holds with its names."""
+        from kittybuild.store.check import Extent, check
+
         with guarded("check", self.root):
             return check(self._inside, extent or Extent())
 
     def repair(self, extent: Extent | None = None) -> Repaired:
         """Check, set aside what is damaged, and put it together again from what is good elsewhere."""
+        from kittybuild.store.repair import repair
+
         with guarded("repair", self.root):
             found = self.check(extent).damage
             if any(damage.kind == "index" for damage in found):
@@ -295,6 +299,8 @@ class Store:
 
     def used_by(self) -> tuple[Use, ...]:
         """What each output needs of the store."""
+        from kittybuild.store.usage import used_by
+
         with guarded("read", self.root):
             return used_by(self._inside)
 

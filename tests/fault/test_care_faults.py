@@ -12,9 +12,10 @@ import pytest
 
 from kittybuild.errors import StoreError
 from kittybuild.store.disk import Disk
+from kittybuild.store.gc import Policy
 from kittybuild.store.layout import Layout, stored_digests
 from kittybuild.store.pack import read_pack_header
-from kittybuild.store.store import Policy, Store
+from kittybuild.store.store import Store
 from kittybuild.tensors import DType
 from tests.building import contents
 from tests.faults import (

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kittybuild.store.store import Extent, Store
+from kittybuild.store.check import Extent
+from kittybuild.store.store import Store
 from tests.building import build, contents
 from tests.faults import THREE, UnsyncedDisk, assert_sound, manifest_of, put_pack, quick_folder, sample
 from tests.helpers import noise, run_cli, write_model, write_recipe

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.model.derivation import SourceTensor, StageTensor, Step
-from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.lower import lower
 from kittybuild.planner.machine import this_machine
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from tests.helpers import load_tensors

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kittybuild.digest import Digest
+from kittybuild.store.gc import Policy
 from kittybuild.store.pack import read_pack_header
-from kittybuild.store.store import DamagedTensor, FinishedPack, PackWriter, Policy, Store
+from kittybuild.store.store import DamagedTensor, FinishedPack, PackWriter, Store
 from kittybuild.tensors import DType
 from tests.faults import Sample, UnsyncedDisk, fill, manifest_of, quick_folder, sample
 

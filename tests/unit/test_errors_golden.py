@@ -18,8 +18,9 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.checkpoint.sources.web import Web
 from kittybuild.errors import KittybuildError, Problems
 from kittybuild.planner.locking import pinned_sources
-from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.lower import lower
 from kittybuild.planner.machine import Machine
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from tests.helpers import pico_adapter, pico_llama, write_json

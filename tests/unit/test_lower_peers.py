@@ -14,10 +14,11 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.model.derivation import KITTY_1, Derivation, SourceTensor
 from kittybuild.model.method import Param
 from kittybuild.model.plan import Plan
-from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.lower import lower
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.peers import rules_of
 from kittybuild.planner.shortcut import stage_keys
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.tensors import DType, TensorSpec

@@ -11,7 +11,8 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.errors import UsageError
 from kittybuild.model.derivation import SourceTensor, StageTensor
 from kittybuild.model.plan import Plan
-from kittybuild.planner.lower import shards_of, targets
+from kittybuild.planner.lower import shards_of
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import locate, source_names
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.tensors import DType, TensorSpec

@@ -12,8 +12,9 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.model.derivation import KITTY_1, Derivation
 from kittybuild.model.plan import StagePlan
 from kittybuild.model.rows import RowMap
-from kittybuild.planner.lower import lower, targets
+from kittybuild.planner.lower import lower
 from kittybuild.planner.machine import Machine
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import locate, open_all, source_names
 from tests.helpers import load_tensors, save_tensors
 from tests.planning import found, parse

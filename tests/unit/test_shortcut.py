@@ -8,8 +8,8 @@ import pytest
 
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.digest import Digest
-from kittybuild.planner.lower import targets
 from kittybuild.planner.shortcut import stage_keys
+from kittybuild.planner.targets import targets
 from kittybuild.planner.views import source_names
 from tests.planning import parse, prints_of
 

@@ -10,7 +10,8 @@ import pytest
 
 from kittybuild.errors import StoreError
 from kittybuild.store.format import Format
-from kittybuild.store.store import Policy, Store
+from kittybuild.store.gc import Policy
+from kittybuild.store.store import Store
 from tests.faults import THREE, UnsyncedDisk, assert_sound, build
 
 

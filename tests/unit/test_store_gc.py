@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from kittybuild.errors import StoreError
+from kittybuild.store.gc import Policy
 from kittybuild.store.reserve import SIZE
-from kittybuild.store.store import FinishedPack, Policy, Store
+from kittybuild.store.store import FinishedPack, Store
 from kittybuild.tensors import DType
 from tests.faults import Sample, UnsyncedDisk, assert_sound, fill, manifest_of, put_pack, quick_folder, sample
 
