@@ -6,7 +6,7 @@
   again with the next hash seed, until the peer's order is the text's too. (Wrong bits stay wrong in every order.)
 - Equal means names, shapes, dtypes and bytes of all tensors that the peer writes; any NaN equals any other.
 
-`--golden` writes what the peers made, as digests, for tests/golden/peers: for each instruction set of torch.
+`--golden` writes what the peers made, as digests, for tests/golden/peers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kittybuild import __version__
+from kittybuild.planner.machine import this_machine
 from tests.helpers import load_tensors
 from tests.parity.exact_cases import OUT_OF_REACH, PEERS, Case, cases, real_cases, write_pico
 from tests.parity.ours import recipe_of
@@ -36,6 +36,8 @@ ROOT = Path(__file__).parents[2]
 DRIVE = Path(__file__).with_name("drive.py")
 PINNED = {"mergekit-0.1.5": "0.1.5", "mergekit-0.1.4": "0.1.4", "mergekitty-0.3": "0.3.2rc2"}
 SEEDS = 40
+KINDS = tuple(CPUS)
+BEST = this_machine(None).instructions
 
 
 @dataclass
@@ -60,6 +62,7 @@ def main() -> int:
     parser.add_argument("--models", choices=("pico", "real"), action="append", help="only these; real ones are rxnfp's")
     parser.add_argument("--write", help="write the table to this file, too")
     parser.add_argument("--golden", help="write the peers' digests into this folder")
+    parser.add_argument("--lesser", action="store_true", help="with --golden: also as lesser CPUs make them (slow)")
     arguments = parser.parse_args()
     environments = {
         name: str(Path(place).absolute()) for name, place in (text.split("=", 1) for text in arguments.peer)
@@ -74,8 +77,9 @@ def main() -> int:
             parser.error(f"{environment} has {name} {versions.get(name)}, not {PINNED[numerics]}")
         with tempfile.TemporaryDirectory() as folder:
             outcomes = compare(numerics, environment, Path(folder), arguments)
-            if arguments.golden:
+            if arguments.golden and arguments.lesser:
                 record(numerics, environment, Path(folder), outcomes)
+            if arguments.golden:
                 write_golden(Path(arguments.golden) / f"{numerics}.json", outcomes, versions)
         failed += sum(bool(outcome.problems) for outcome in outcomes)
         text.append(table(numerics, outcomes, versions))
@@ -143,11 +147,11 @@ def run_peer(
 
 def call(command: list[str], folder: Path, environ: Mapping[str, str], text: str = "") -> None:
     """Run a program on one thread; its words are shown only if it fails."""
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    same = {"HF_HUB_OFFLINE": "1", **CPUS[BEST], **ALIKE}
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **one, **environ},
+        env={**os.environ, **same, **environ},
         input=text,
         capture_output=True,
         text=True,
@@ -167,6 +171,8 @@ def look_at(outcome: Outcome, folder: Path, error: str | None) -> None:
     found = load_tensors(folder / "ours" / case.key)
     outcome.tensors, outcome.elements = len(wanted), sum(tensor.numel() for tensor in wanted.values())
     outcome.problems = tuple(differences(found, wanted))
+    if not outcome.problems:
+        outcome.digests[BEST] = digest(wanted)
 
 
 def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterable[str]:
@@ -194,24 +200,28 @@ def as_integers(tensor: Tensor) -> Tensor:
 
 
 def record(numerics: str, environment: str, folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """What the peer makes with each instruction set of torch, with the hash seed whose order is the text's."""
-    for cpu, environ in CPUS.items():
+    """What the peer makes on lesser CPUs, with the hash seed whose order is the text's."""
+    for cpu in KINDS[: KINDS.index(BEST)]:
         for seed in sorted({outcome.seed for outcome in outcomes}):
             chosen = [o for o in outcomes if o.seed == seed and o.models == "pico" and not o.problems]
-            run_peer(environment, [o.case for o in chosen], folder / "pico", seed, {**environ, **ALIKE})
+            run_peer(environment, [o.case for o in chosen], folder / "pico", seed, CPUS[cpu])
             for outcome in chosen:
                 made = load_tensors(folder / "pico" / "theirs" / outcome.case.key)
                 outcome.digests[cpu] = digest(shown_only(outcome.case, made))
 
 
 def write_golden(file: Path, outcomes: Sequence[Outcome], versions: Mapping[str, str]) -> None:
-    """One digest for a case, or one for each instruction set where they differ."""
-    made: dict[str, Any] = {}
+    """One digest for a case, or one for each kind of CPU where they differ; what is known of other kinds stays."""
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = old.get("digests", {}) if old.get("made by") == dict(versions) else {}
     for outcome in outcomes:
-        if outcome.digests:
-            same = len(set(outcome.digests.values())) == 1
-            made[outcome.case.key] = next(iter(outcome.digests.values())) if same else outcome.digests
-    text = json.dumps({"made by": versions, "digests": made}, indent=1) + "\n"
+        if outcome.models == "pico" and outcome.digests:
+            before = known.get(outcome.case.key, {})
+            before = dict.fromkeys(KINDS, before) if isinstance(before, str) else before
+            found = {**before, **outcome.digests}
+            same = found.keys() >= set(KINDS) and len(set(found.values())) == 1
+            known[outcome.case.key] = next(iter(found.values())) if same else found
+    text = json.dumps({"made by": versions, "digests": dict(sorted(known.items()))}, indent=1) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 

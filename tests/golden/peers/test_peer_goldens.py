@@ -84,6 +84,5 @@ def test_the_bits_are_the_peers_where_numpy_computes(numerics: str, cpu: str) ->
 
 
 @pytest.mark.parametrize("numerics", PEERS)
-def test_every_method_is_recorded(numerics: str) -> None:
-    known, recorded = {case.key: case.method for case in cases(numerics)}, golden(numerics)["digests"]
-    assert {known[key] for key in recorded} == set(known.values())
+def test_every_case_is_recorded(numerics: str) -> None:
+    assert golden(numerics)["digests"].keys() == {case.key for case in cases(numerics)}
