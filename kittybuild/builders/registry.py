@@ -18,6 +18,9 @@ from kittybuild.builders.merge.slerp import NUSLERP, SLERP
 from kittybuild.builders.merge.spherical import KARCHER, MULTISLERP
 from kittybuild.builders.merge.tall_masks import CONSENSUS_TA, CONSENSUS_TIES
 from kittybuild.builders.merge.task_arithmetic import FAMILY
+from kittybuild.builders.moe.experts import EXPERT, ZEROS
+from kittybuild.builders.moe.layer import DECODER_LAYER
+from kittybuild.builders.moe.routers import EMBEDDINGS, RANDOM, STATES
 from kittybuild.builders.peers import mergekit_0_1_4, mergekit_0_1_5, mergekitty_0_3
 from kittybuild.builders.transplant.neighbours import INTERPOLATION, INTERPOLATION_FITTED
 from kittybuild.builders.transplant.plain import JOHN_HEWITT, MEAN, RANDN, SUBWORD, ZERO
@@ -33,10 +36,12 @@ TRANSPLANTS = (
     *(INTERPOLATION, INTERPOLATION_FITTED, OMP, LANDMARK_PCA, STB),
 )
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
+MOE = (EXPERT, ZEROS, DECODER_LAYER, EMBEDDINGS, STATES, RANDOM)
 BUILTIN = replace(
     Builders.of(
         *(CAST, SAME, JOIN, CUT, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH),
         *TRANSPLANTS,
+        *MOE,
         *PEERS,
     ),
     files=(),

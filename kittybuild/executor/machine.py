@@ -14,6 +14,10 @@ def check_machine(numerics: str) -> None:
     import torch
 
     versions = {"torch": str(torch.__version__), "numpy": numpy.__version__}
+    if "transformers" in words:
+        import transformers
+
+        versions["transformers"] = transformers.__version__
     wanted = dict(zip(words[:-1:2], words[1::2], strict=False))
     wrong = {name: versions[name] for name, version in wanted.items() if not _is(versions[name], version)}
     capability = torch.backends.cpu.get_cpu_capability()

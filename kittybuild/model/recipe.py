@@ -276,7 +276,64 @@ class TransplantStage:
         return tuple(dict.fromkeys((self.model, self.donor)))
 
 
-Stage = MergeStage | ApplyLoraStage | TransplantStage
+@dataclass(frozen=True)
+class Expert:
+    """A model whose layers' MLPs become an expert. `positive`, `negative`: prompts that lead to it and away from it.
+
+    `noise`: the scale of normal noise that is added to its matrices; `residual`: the factor of what it adds to the
+    residual stream.
+    """
+
+    model: ModelRef
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    noise: float | None = None
+    residual: float | None = None
+    at: At = field(default=NOWHERE, compare=False)
+
+
+GateMode = Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random"]
+
+
+@dataclass(frozen=True)
+class MoeStage:
+    """A mixture of experts: the MLPs of several models side by side in `base`, and a router over them.
+
+    `architecture`: the beginning of the name of the family that is wanted, None to choose. `layout`: a tensor for each
+    matrix of each expert, or all experts of a layer stacked.
+    """
+
+    name: str
+    base: ModelRef
+    experts: tuple[Expert, ...]
+    shared: tuple[Expert, ...] = ()
+    gate_mode: GateMode = "hidden"
+    experts_per_token: int = 2
+    architecture: str | None = None
+    layout: Literal["split", "fused"] = "split"
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    keep: bool = True
+    allow_nan: bool = False
+    at: At = field(default=NOWHERE, compare=False)
+    kind: Literal["moe"] = "moe"
+
+    def references(self) -> tuple[ModelRef, ...]:
+        """The base and the experts, in the order of the text, each once."""
+        return tuple(dict.fromkeys((self.base, *(expert.model for expert in (*self.experts, *self.shared)))))
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether the router's rows come from running the base, so that bits depend on the machine."""
+        return self.gate_mode in ("hidden", "hidden_avg")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the router's rows come from prompts."""
+        return self.runs_base or self.gate_mode == "cheap_embed"
+
+
+Stage = MergeStage | ApplyLoraStage | TransplantStage | MoeStage
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,21 @@ from kittybuild.builders.base import Builders
 from kittybuild.errors import KittybuildError, PlanError, raise_all
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
-from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, TransplantStage
+from kittybuild.model.recipe import (
+    AdapterUse,
+    ApplyLoraStage,
+    MergeStage,
+    ModelRef,
+    MoeStage,
+    Recipe,
+    Stage,
+    TransplantStage,
+)
 from kittybuild.planner.config import with_dtype
 from kittybuild.planner.files import GENERATION, TOKENIZER_FILES, ModelFiles
 from kittybuild.planner.lower_lora import lower_lora
 from kittybuild.planner.lower_merge import MergeLowering
+from kittybuild.planner.lower_moe import MoeLowering
 from kittybuild.planner.lower_transplant import TransplantLowering
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin
@@ -21,6 +31,7 @@ from kittybuild.planner.modules import ModulesLowering
 from kittybuild.planner.views import Sources, View, need_adapter
 from kittybuild.planner.vocabulary import Aligned, aligned, without_tables
 from kittybuild.tensors import DType
+from kittybuild.tokens.reading import FILES
 
 DEFAULT_SHARD = 1_000_000_000
 
@@ -148,6 +159,10 @@ class _Lowering:
         elif isinstance(stage, TransplantStage):
             self._transplant(stage)
             return
+        elif isinstance(stage, MoeStage):
+            donor = self.view(stage.base)
+            files = donor.files
+            steps, config = self._moe(stage, donor)
         else:
             donor = self.view(stage.base)
             files = donor.files
@@ -213,6 +228,28 @@ class _Lowering:
         if label not in self.done:
             self.done[label] = StagePlan(label, "layout", made, model.donor, model.config, keep=False)
         return {name: StageTensor(label, name, drv.spec) for name, drv in made.items()}
+
+    def _moe(self, stage: MoeStage, base: View) -> tuple[dict[str, Step], Mapping[str, object] | None]:
+        """The steps and the config of a mixture; what else its routers and experts need goes into stages before it."""
+        before = len(self.problems)
+        files = self._tokenizer(stage, base) if stage.prompted else {}
+        moe = MoeLowering(stage, self.view, files, self.builders, self.problems, self.recipe.seed, self.machine)
+        steps = moe.steps()
+        self.notes += moe.notes
+        if len(self.problems) > before:
+            return {}, None
+        for label, made, keep in moe.beside():
+            self.done[label] = StagePlan(label, "moe", made, base.donor, base.config, (), keep, stage.allow_nan)
+        return steps, moe.config()
+
+    def _tokenizer(self, stage: MoeStage, base: View) -> dict[str, bytes]:
+        """The files of a model's tokenizer."""
+        try:
+            return self.files.of(base, FILES)
+        except KittybuildError as error:
+            error.at = error.at or str(stage.at)
+            self.problems.append(error)
+            return {}
 
     def _break(self, stage: Stage) -> None:
         self.broken.add(stage.name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.opening import package_version
-from kittybuild.model.recipe import MergeStage, Stage, TransplantStage
+from kittybuild.model.recipe import MergeStage, MoeStage, Stage, TransplantStage
 from kittybuild.planner.peers import rules_of
 
 _FORCED = ("default", "avx2", "avx512")
@@ -21,15 +21,19 @@ _NARROW = frozenset({"avx2", "fma"})
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Versions of torch and numpy, and the instruction set as torch names it (`AVX512`, `AVX2`, `DEFAULT`)."""
+    """Versions of libraries, and the instruction set as torch names it (`AVX512`, `AVX2`, `DEFAULT`)."""
 
     torch: str
     numpy: str
     instructions: str
+    transformers: str = "unknown"
 
-    def text(self, *, numpy: bool) -> str:
+    def text(self, *, numpy: bool, transformers: bool = False) -> str:
         """As a derivation's class of arithmetic names it: `torch 2.13.0 AVX512`."""
-        return f"torch {self.torch} {f'numpy {self.numpy} ' if numpy else ''}{self.instructions}"
+        words = [f"torch {self.torch}"]
+        words += [f"numpy {self.numpy}"] if numpy else []
+        words += [f"transformers {self.transformers}"] if transformers else []
+        return " ".join([*words, self.instructions])
 
     def numpy_text(self) -> str:
         """The same where torch takes no part: `numpy 2.4.0 AVX512`."""
@@ -40,12 +44,15 @@ def by_machine(stage: Stage, builders: Builders) -> bool:
     """Whether the bits of a stage depend on the machine."""
     if isinstance(stage, TransplantStage):
         return builders[stage.approximation.builder].machine
+    if isinstance(stage, MoeStage):
+        return stage.runs_base
     return isinstance(stage, MergeStage) and rules_of(stage.numerics).peer
 
 
 def this_machine(capability: str | None) -> Machine:
     """The machine that we run on. `capability`: what ATEN_CPU_CAPABILITY says, which torch heeds."""
-    return Machine(package_version("torch"), package_version("numpy"), instructions(capability, _flags()))
+    torch, numpy, transformers = map(package_version, ("torch", "numpy", "transformers"))
+    return Machine(torch, numpy, instructions(capability, _flags()), transformers)
 
 
 def instructions(capability: str | None, flags: frozenset[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from kittybuild import __version__
 from kittybuild.builders.base import Builders
 from kittybuild.digest import Digest, tagged
-from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, Recipe, Stage, to_json
+from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, MergeStage, ModelRef, MoeStage, Recipe, Stage, to_json
 from kittybuild.planner.machine import Machine, by_machine
 from kittybuild.planner.tables import gathers, tables_stage
 
@@ -59,12 +59,11 @@ class _Keys:
             named = {str(ref): self.model(ref).hex for ref in stage.references()}
             if isinstance(stage, ApplyLoraStage):
                 named |= {str(use.adapter): self.fingerprints[use.adapter.base_text].hex for use in stage.adapters}
-            depends = by_machine(stage, self.builders)
             form = {
                 "tool": __version__,
                 "versions": self.versions,
                 "seed": self.recipe.seed,
-                "machine": self.machine.text(numpy=True) if depends and self.machine else None,
+                "machine": self._machine(stage),
                 "stage": to_json(replace(stage, name="")),
                 "models": named,
             }
@@ -72,6 +71,12 @@ class _Keys:
             for ref in stage.references() if isinstance(stage, MergeStage) and gathers(stage) else ():
                 self.done[tables_stage(stage.name, ref)] = tagged("kittybuild.tables.v1", [key.hex, str(ref)])
         return self.done[stage.name]
+
+    def _machine(self, stage: Stage) -> str | None:
+        """What of the machine the bits of a stage depend on."""
+        if self.machine is None or not by_machine(stage, self.builders):
+            return None
+        return self.machine.text(numpy=True, transformers=isinstance(stage, MoeStage))
 
     def model(self, ref: ModelRef) -> Digest:
         """The identity of what a reference names."""

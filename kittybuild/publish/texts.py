@@ -13,10 +13,11 @@ from typing import Any
 from kittybuild import __version__
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import Method, find
-from kittybuild.model.recipe import ApplyLoraStage, MergeStage, Recipe, Stage, TransplantStage
+from kittybuild.model.recipe import ApplyLoraStage, MergeStage, MoeStage, Recipe, Stage, TransplantStage
 from kittybuild.publish.folder import PROVENANCE, shard_names
 
 MERGEKIT = "mergekit_config.yml"
+MERGEKIT_MOE = "mergekit_moe_config.yml"
 
 
 def folder_texts(
@@ -25,7 +26,8 @@ def folder_texts(
     """README.md, the recipe as it was written, and kittybuild.json."""
     texts = {"README.md": card(recipe, stage, folder, methods).encode()}
     if recipe.dialect == "mergekit" and len(recipe.stages) == 1:
-        texts[MERGEKIT] = recipe.text.encode()
+        moe = isinstance(recipe.stages[stage], MoeStage)
+        texts[MERGEKIT_MOE if moe else MERGEKIT] = recipe.text.encode()
     listed = [file.name for file in manifest.files] + list(texts) + list(shard_names(len(manifest.shards)))
     if len(manifest.shards) > 1:
         listed.append("model.safetensors.index.json")
@@ -108,5 +110,8 @@ def _sentence(stage: Stage, methods: Sequence[Method]) -> str:
     if isinstance(stage, TransplantStage):
         way = stage.approximation.approximation_method
         return f"`{stage.model}` with the tokenizer of `{stage.donor}`; rows of new tokens by {way}"
+    if isinstance(stage, MoeStage):
+        experts = ", ".join(f"`{expert.model}`" for expert in (*stage.experts, *stage.shared))
+        return f"mixture of the experts {experts} in `{stage.base}`, gated by {stage.gate_mode}"
     added = ", ".join(f"`{use.adapter}` × {use.weight:g}" for use in stage.adapters)
     return f"LoRA {added} on `{stage.base}`"

@@ -104,7 +104,7 @@ def _mergekit(readings: Sequence[Reading], text: str) -> Recipe:
     for reading in readings:
         document, problems = reading.document, reading.problems
         name = document.value.get("name")
-        name = name if isinstance(name, str) else "merge"
+        name = name if isinstance(name, str) else "moe" if "experts" in document.value else "merge"
         if "+" in name or "@" in name:
             at, hint = str(document.at(("name",))), "a name holds no '+' and no '@'"
             problems.append(RecipeError("KB103", f"{name!r} cannot be a name", at=at, hint=hint))

@@ -154,6 +154,30 @@ class TransplantText(_StageText):
     new_vocab_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
+class ExpertText(_Text):
+    """`experts[]` and `shared_experts[]` of a moe stage."""
+
+    source_model: ReferenceText
+    positive_prompts: list[StrictStr] | None = None
+    negative_prompts: list[StrictStr] | None = None
+    noise_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    residual_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class MoeText(_StageText):
+    """A moe stage, or a bare mergekit-moe configuration (with `name` in a file of several documents)."""
+
+    kind: Literal["moe"] = "moe"
+    name: StrictStr | None = None
+    base_model: ReferenceText
+    experts: Annotated[list[ExpertText], Field(min_length=1)]
+    shared_experts: list[ExpertText] | None = None
+    gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random"] = "hidden"
+    experts_per_token: StrictInt = 2
+    architecture: Words | None = None
+    layout: Literal["split", "fused"] = "split"
+
+
 class SourceText(_Text):
     """A source: one of `path`, `package` + `file`, `hub`."""
 
@@ -192,12 +216,13 @@ class RecipeText(_Text):
     outputs: dict[str, OutputText] = Field(default_factory=dict)
 
 
-STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText | TransplantText]] = MappingProxyType(
+STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText | TransplantText | MoeText]] = MappingProxyType(
     {
         "merge": MergeText,
         "state_dict": StateDictText,
         "apply_lora": ApplyLoraText,
         "transplant_tokenizer": TransplantText,
+        "moe": MoeText,
     }
 )
 

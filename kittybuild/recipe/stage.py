@@ -12,8 +12,9 @@ from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.method import Catalogue
 from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, Approximation, Sides, Stage, TransplantStage
 from kittybuild.recipe.merge import Problems, Scope, merge_stage
+from kittybuild.recipe.moe import moe_stage
 from kittybuild.recipe.reference import parse_reference
-from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, TransplantText, check
+from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, MoeText, TransplantText, check
 from kittybuild.recipe.yamltext import Document, Path
 from kittybuild.tensors import DType
 
@@ -35,7 +36,7 @@ def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | 
     """A stage of ours, or (at the path of a whole document) a mergekit configuration. None: its problems are noted."""
     document, problems, defaults = reading.document, reading.problems, reading.defaults
     own, path = path is None, ("stages", name) if path is None else path
-    kind = value.get("kind", "merge")
+    kind = value.get("kind", "moe" if not own and "experts" in value else "merge")
     schema = STAGE_KINDS.get(kind) if isinstance(kind, str) else None
     if schema is None:
         where, hint = str(document.at((*path, "kind"))), nearest(str(kind), STAGE_KINDS)
@@ -55,6 +56,8 @@ def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | 
         return _apply_lora(name, form, reading, path, shared)
     if isinstance(form, TransplantText):
         return _transplant(name, form, reading, path, shared)
+    if isinstance(form, MoeText):
+        return moe_stage(name, form, document, path, problems, shared)
     numerics = read_numerics(form.numerics, reading, (*path, "numerics"))
     scope = Scope(document, path, reading.catalogue, numerics, problems, reading.notes, own, left_out)
     stage = merge_stage(form, scope)
