@@ -69,7 +69,7 @@ class Gates:
         self.made: dict[str, Derivation] = {}
         self.sides: dict[int, tuple[Side, Side | None]] = {}
         if stage.prompted:
-            self.prompts = self._prompts(_Tokens(base, files, problems), problems)
+            self.prompts = self._prompts(_Tokens(base, files, str(stage.at), problems), problems)
 
     def _prompts(self, tokens: _Tokens, problems: list[KittybuildError]) -> Prompts:
         found = Prompts()
@@ -136,7 +136,7 @@ class Gates:
 class _Tokens:
     """Prompts as ids of the base's tokenizer, each after the token that begins a text."""
 
-    def __init__(self, base: View, files: Mapping[str, bytes], problems: list[KittybuildError]) -> None:
+    def __init__(self, base: View, files: Mapping[str, bytes], at: str, problems: list[KittybuildError]) -> None:
         self.base, self.problems = base, problems
         self.limit = assumed(base.config or {"model_type": ""}).get("max_position_embeddings")
         table = base.tensors[EMBEDDING].spec.shape[0]
@@ -145,7 +145,7 @@ class _Tokens:
             vocabulary = read_vocabulary(files, table, base.label)
             if vocabulary is None or TOKENIZER not in files:
                 hint = "save it beside the model with transformers' AutoTokenizer, or choose `gate_mode: random`"
-                raise SourceError("KB352", f"{base.label} has no {TOKENIZER}, which prompts need", hint=hint)
+                raise PlanError("KB352", f"{base.label} has no {TOKENIZER}, which prompts need", at=at, hint=hint)
             self.begin = vocabulary.roles.get("bos_token", "")
             self.filler = vocabulary.ids.get(self.begin or vocabulary.roles.get("eos_token", ""), 0)
             self._tokenizer = _tokenizer(files[TOKENIZER], base.label)

@@ -207,24 +207,24 @@ class MoeLowering:
         assert family is not None  # else there are no steps
         if self.stage.layout == "fused":
             for whole, words in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
-                steps[f"{start}mlp.experts.{whole}"] = self._stacked(layer, experts, words, f"{start}mlp.experts")
+                steps[f"{start}mlp.experts.{whole}"] = self._stacked(layer, experts, words)
         else:
             for number, (expert, matrices) in enumerate(zip(self.stage.experts, experts, strict=True)):
                 module = f"{start}{family.experts.format(number)}"
                 for word, called in zip(MATRICES, family.words, strict=True):
                     name = f"{module}.{called}.weight"
-                    steps[name] = self._matrix(expert, matrices, layer, word, f"{module}.{word}")
+                    steps[name] = self._matrix(expert, matrices, layer, word, f"{layer}.{number}.{word}")
         for expert, matrices in zip(self.stage.shared, shared, strict=True):
             for word in MATRICES:
-                module = f"{start}{family.shared}"
-                steps[f"{module}.{word}_proj.weight"] = self._matrix(expert, matrices, layer, word, f"{module}.{word}")
+                name = f"{start}{family.shared}.{word}_proj.weight"
+                steps[name] = self._matrix(expert, matrices, layer, word, f"{layer}.shared.{word}")
 
-    def _stacked(self, layer: int, experts: list[Matrices], words: tuple[str, ...], module: str) -> Step:
+    def _stacked(self, layer: int, experts: list[Matrices], words: tuple[str, ...]) -> Step:
         """The matrices of all experts of a layer, end to end. Those that are changed first are steps of their own."""
         inputs: list[Input] = []
         for number, (expert, matrices) in enumerate(zip(self.stage.experts, experts, strict=True)):
             for word in words:
-                name = f"{module}.{number}.{word}"
+                name = f"{layer}.{number}.{word}"
                 step = self._matrix(expert, matrices, layer, word, name)
                 if isinstance(step, Derivation):
                     self.changed[name] = step
@@ -234,15 +234,15 @@ class MoeLowering:
         output = TensorSpec(inputs[0].spec.dtype, (len(experts), rows * len(words), columns))
         return Derivation("join", self.builders["join"].version, {}, tuple(inputs), output)
 
-    def _matrix(self, expert: Expert, matrices: Matrices, layer: int, word: str, tensor: str) -> Step:
-        """One matrix: as it is, unless the expert is to be changed."""
+    def _matrix(self, expert: Expert, matrices: Matrices, layer: int, word: str, name: str) -> Step:
+        """One matrix: as it is, unless the expert is to be changed. `name`: the same in every family and layout."""
         given, dtype = matrices[layer, word], _dense(self.base)[layer, word].spec.dtype
         factor = expert.residual if word == "down" and expert.residual is not None else 1.0
         if not expert.noise and factor == 1.0:
             return self._taken(given, dtype)
         params: dict[str, Any] = {"noise": expert.noise or 0.0, "factor": factor}
         if expert.noise:
-            params |= {"seed": self.seed, "tensor": tensor}
+            params |= {"seed": self.seed, "tensor": name}
         output = given.spec.with_dtype(self._dtype(dtype))
         return Derivation("expert", self.builders["expert"].version, params, (given,), output)
 

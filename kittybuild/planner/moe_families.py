@@ -33,8 +33,9 @@ class Family:
 
     `experts`, `shared`: the module of an expert (with its number for {}) and of the shared one; `words`: what their
     matrices are called. `shared_gate`: the tensor that weighs the shared expert, if one does. `least`, `most`: how
-    many shared experts there are. `biased`: modules whose biases are zeros where the base has none. `fused`: whether
-    there is a stacked layout. `config`: what its config.json has beside the base's keys.
+    many shared experts there are. `biased`: modules whose biases are zeros where the base has none. `windows`:
+    whether its attention can have sliding windows as the base's. `fused`: whether there is a stacked layout.
+    `config`: what its config.json has beside the base's keys.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     least: int = 0
     most: int = 0
     biased: tuple[str, ...] = ()
+    windows: bool = True
     fused: bool = True
     alias: str = ""
 
@@ -62,7 +64,7 @@ class Family:
         if not self.least <= shared <= self.most:
             wanted = f"exactly {self.least}" if self.least == self.most else f"{self.least} or {self.most}"
             found.append(f"it has {wanted} shared experts, not {shared}")
-        if self.model_type == "deepseek" and sliding_window(config) is not None:
+        if not self.windows and sliding_window(config) is not None:
             found.append("it has no sliding window of attention, which the base has")
         return found
 
@@ -131,9 +133,8 @@ def _mixtral(sizes: Sizes, base: Config) -> dict[str, Any]:
 
 
 def _qwen(sizes: Sizes, base: Config) -> dict[str, Any]:
-    window = {"use_sliding_window": True, "max_window_layers": 0} if base["model_type"] == "mistral" else {}
     return {
-        **(window if sliding_window(base) is not None else {}),
+        **_windows(base),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "moe_intermediate_size": sizes.inner,
@@ -142,6 +143,15 @@ def _qwen(sizes: Sizes, base: Config) -> dict[str, Any]:
         "output_router_logits": False,
         **({"shared_expert_intermediate_size": sizes.inner} if sizes.shared else {}),
     }
+
+
+def _windows(base: Config) -> dict[str, Any]:
+    """Which layers have a window, layer by layer: the classes of Qwen have rules of their own."""
+    if sliding_window(base) is None:
+        return {}
+    first = 0 if base["model_type"] == "mistral" else base.get("max_window_layers", 28)
+    kinds = ["sliding_attention" if n >= first else "full_attention" for n in range(base["num_hidden_layers"])]
+    return {"use_sliding_window": True, "layer_types": base.get("layer_types") or kinds}
 
 
 def _deepseek(sizes: Sizes, base: Config) -> dict[str, Any]:
@@ -191,6 +201,7 @@ FAMILIES = (
         _deepseek,
         shared="mlp.shared_experts",
         most=1,
+        windows=False,
         fused=False,
     ),
     Family(
@@ -206,7 +217,7 @@ FAMILIES = (
         biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         alias="Qwen MoE",
     ),
-    Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", frozenset({"qwen3"}), _qwen),
+    Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", frozenset({"qwen3"}), _qwen, windows=False),
     Family("OLMoE", "olmoe", "OlmoeForCausalLM", frozenset({"olmoe"}), _olmoe),
     Family("FlexOlmo", "flex_olmo", "FlexOlmoForCausalLM", frozenset({"olmo2"}), _olmoe),
 )
