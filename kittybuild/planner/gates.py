@@ -1,7 +1,7 @@
 """Routers lowered: the prompts' tokens, the base's hidden states layer by layer, and a row for each expert.
 
-Hidden states of all prompts are one tensor a layer, of a stage of their own: whoever changes an expert reads them, and
-running the base takes one layer's weights at a time.
+Hidden states of all prompts are one tensor a layer, each of a hidden stage of its own: they are kept, the next layer's
+are made of them, and running the base takes one layer's weights at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kittybuild.tensors import DType, TensorSpec
 from kittybuild.tokens.reading import TOKENIZER, read_vocabulary
 
 EMBEDDING = "model.embed_tokens.weight"
+STATES = "states"
 _IRRELEVANT = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"})
 
 Side = tuple[int, int, int]
@@ -52,7 +53,7 @@ class Prompts:
 
 
 class Gates:
-    """The rows of a stage's routers. `made`: the hidden states behind them, by name, for a stage called `label`."""
+    """The rows of a stage's routers. `made`: the hidden states behind them, by the stage that makes them, in order."""
 
     def __init__(
         self,
@@ -65,7 +66,6 @@ class Gates:
         problems: list[KittybuildError],
     ) -> None:
         self.stage, self.base, self.builders, self.seed, self.machine = stage, base, builders, seed, machine
-        self.label = f"{stage.name}: router"
         self.made: dict[str, Derivation] = {}
         self.sides: dict[int, tuple[Side, Side | None]] = {}
         if stage.prompted:
@@ -105,10 +105,10 @@ class Gates:
 
     def _states(self, layer: int) -> StageTensor:
         """What goes into a layer, for all prompts."""
-        name = f"states.{layer}"
+        name = f"{self.stage.name}/into layer {layer}"
         if name not in self.made:
             self.made[name] = self._after(layer - 1) if layer else self._embedded()
-        return StageTensor(self.label, name, self.made[name].output)
+        return StageTensor(name, STATES, self.made[name].output)
 
     def _embedded(self) -> Derivation:
         table = self.base.tensors[EMBEDDING]

@@ -13,7 +13,7 @@ from kittybuild.builders.base import Builders
 from kittybuild.errors import KittybuildError, PlanError
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 from kittybuild.model.recipe import Expert, ModelRef, MoeStage
-from kittybuild.planner.gates import EMBEDDING, Gates
+from kittybuild.planner.gates import EMBEDDING, STATES, Gates
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.moe_families import FAMILIES, MATRICES, Family, Sizes, assumed, family_config, named
 from kittybuild.planner.names import natural
@@ -48,7 +48,7 @@ class MoeLowering:
         self.changed: dict[str, Derivation] = {}
         self.family = self._family()
         self.layers, self.inner = 0, 0
-        self.label = f"{stage.name}: experts"
+        self.label = f"{stage.name}/experts"
         self._files, self._machine = files, machine
 
     def steps(self) -> dict[str, Step]:
@@ -84,8 +84,8 @@ class MoeLowering:
 
         Hidden states are: they are small, and each is needed for the next.
         """
-        if self.gates and self.gates.made:
-            yield self.gates.label, self.gates.made, True
+        for name, drv in self.gates.made.items() if self.gates else ():
+            yield name, {STATES: drv}, True
         if self.changed:
             yield self.label, self.changed, False
 
@@ -111,10 +111,10 @@ class MoeLowering:
             if stage.layout == "fused" and not family.fused:
                 refused.append("it has no fused layout")
             if not refused:
-                found = [f"not {other}: {why}" for other, why in reasons.items()]
+                found = [f"not {other}, for {why}" for other, why in reasons.items()]
                 self.notes.append(f"{stage.at}: the output is {'; '.join([family.name, *found])}")
                 return family
-            reasons[family.name] = ", ".join(refused)
+            reasons[family.name] = "; ".join(refused)
         told = "".join(f"\n  {name}: {why}" for name, why in reasons.items())
         self._fail("KB350", f"no family of mixtures of experts fits these models:{told}", hint="change what it names")
         return None

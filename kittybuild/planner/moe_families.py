@@ -58,12 +58,12 @@ class Family:
     def refusals(self, model_types: Mapping[str, str], config: Config, shared: int) -> list[str]:
         """Why these models (names to types) on a base of this config do not fit; nothing where they do."""
         found = []
-        for name, model_type in model_types.items():
-            if model_type not in self.inputs:
-                found.append(f"{name} is of the type {model_type}, not {' or '.join(sorted(self.inputs))}")
+        others = [f"{name} is {kind}" for name, kind in model_types.items() if kind not in self.inputs]
+        if others:
+            found.append(f"it is made of {' or '.join(sorted(self.inputs))}: {', '.join(others)}")
         if not self.least <= shared <= self.most:
-            wanted = f"exactly {self.least}" if self.least == self.most else f"{self.least} or {self.most}"
-            found.append(f"it has {wanted} shared experts, not {shared}")
+            wanted = "no" if not self.most else "one" if self.least else "at most one"
+            found.append(f"it has {wanted} shared expert, not {shared}")
         if not self.windows and sliding_window(config) is not None:
             found.append("it has no sliding window of attention, which the base has")
         return found

@@ -37,6 +37,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sound and unsound checkpoints by name."""
     folder = tmp_path_factory.mktemp("zoo")
     pico_llama(folder / "base", 1)
+    pico_llama(folder / "words", 1, tokenizer=True)
     for name in ("a", "b"):
         write_header(folder / name, llama())
     write_header(folder / "deep", llama(layers=3))
