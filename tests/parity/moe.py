@@ -74,9 +74,9 @@ def table(peer: str) -> str:
     lines = [
         "# Mixtures of experts beside mergekit-moe 0.1.5",
         "",
-        "Pico models in float32, two experts, prompts of unequal lengths, negative prompts; `python -m tests.parity.moe`",
-        "made it. A difference is the largest of any element of any router's row (rows have length 1); all other",
-        "tensors, counted in the last column, are the same bits.",
+        "Pico models in float32, two experts, prompts of unequal lengths, negative prompts; made by",
+        "`python -m tests.parity.moe`. A difference is the largest of any element of any router's row (rows are of",
+        "length 1); all other tensors, counted in the last column, are the same bits.",
         "",
         "| family | base | gate mode | difference | equal tensors |",
         "|---|---|---|---|---|",

@@ -265,6 +265,8 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     fields = schema.TransplantText.model_fields
     methods = get_args(fields["approximation_method"].annotation)
     assert set(first_words(section(page("transplant.md"), "Options"))) == {*fields, *methods} - STAGE_KEYS
+    mixture = {*schema.MoeText.model_fields, *schema.ExpertText.model_fields} - STAGE_KEYS - {"name"}
+    assert set(first_words(section(page("moe.md"), "Keys"))) == mixture
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 
