@@ -77,4 +77,4 @@ def _tensor(job: Job, index: int) -> Tensor:
     return stored.reshape(spec.shape).to(torch.bfloat16)
 
 
-DECODER_LAYER = Builder("decoder_layer", 1, _decoder_layer, streamed=0, scratch=2, whole=6)
+DECODER_LAYER = Builder("decoder_layer", 1, _decoder_layer, streamed=0, scratch=2, whole=6, machine=True)

@@ -89,5 +89,5 @@ def _random(job: Job) -> Combine:
 
 
 EMBEDDINGS = Builder("router_embeddings", 1, _embeddings, streamed=0, scratch=1, whole=16)
-STATES = Builder("router_states", 1, _states, streamed=0, scratch=1, whole=8)
+STATES = Builder("router_states", 1, _states, streamed=0, scratch=1, whole=8, machine=True)
 RANDOM = Builder("router_random", 1, _random, scratch=12)

@@ -132,6 +132,7 @@ def digests() -> dict[str, dict[str, str]]:
     from tests.golden.builders import (
         cases_differences,
         cases_geometry,
+        cases_mixtures,
         cases_tables,
         cases_transplants,
     )  # they import this
@@ -141,6 +142,7 @@ def digests() -> dict[str, dict[str, str]]:
         *cases(),
         *cases_differences.cases(),
         *cases_geometry.cases(),
+        *cases_mixtures.cases(),
         *cases_tables.cases(),
         *cases_transplants.cases(),
     ):
