@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kittybuild.builders.base import Builders
 from kittybuild.builders.copying import CAST, CUT, JOIN, SAME
-from kittybuild.builders.lora import LORA
+from kittybuild.builders.lora import DORA, JOINED, LORA, ZEROS
 from kittybuild.builders.merge.arcee_fusion import ARCEE_FUSION
 from kittybuild.builders.merge.linear import LINEAR
 from kittybuild.builders.merge.model_stock import MODEL_STOCK
@@ -19,6 +19,7 @@ from kittybuild.builders.merge.spherical import KARCHER, MULTISLERP
 from kittybuild.builders.merge.tall_masks import CONSENSUS_TA, CONSENSUS_TIES
 from kittybuild.builders.merge.task_arithmetic import FAMILY
 from kittybuild.builders.peers import mergekit_0_1_4, mergekit_0_1_5, mergekitty_0_3
+from kittybuild.builders.svd import SVD
 from kittybuild.builders.transplant.neighbours import INTERPOLATION, INTERPOLATION_FITTED
 from kittybuild.builders.transplant.plain import JOHN_HEWITT, MEAN, RANDN, SUBWORD, ZERO
 from kittybuild.builders.transplant.pursuit import OMP
@@ -33,9 +34,10 @@ TRANSPLANTS = (
     *(INTERPOLATION, INTERPOLATION_FITTED, OMP, LANDMARK_PCA, STB),
 )
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
+ADAPTERS = (LORA, DORA, JOINED, ZEROS, *SVD)
 BUILTIN = replace(
     Builders.of(
-        *(CAST, SAME, JOIN, CUT, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH),
+        *(CAST, SAME, JOIN, CUT, *ADAPTERS, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH),
         *TRANSPLANTS,
         *PEERS,
     ),

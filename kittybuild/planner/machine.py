@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.opening import package_version
-from kittybuild.model.recipe import MergeStage, Stage, TransplantStage
+from kittybuild.model.recipe import ExtractLoraStage, MergeAdaptersStage, MergeStage, Stage, TransplantStage
 from kittybuild.planner.peers import rules_of
 
 _FORCED = ("default", "avx2", "avx512")
@@ -40,6 +40,8 @@ def by_machine(stage: Stage, builders: Builders) -> bool:
     """Whether the bits of a stage depend on the machine."""
     if isinstance(stage, TransplantStage):
         return builders[stage.approximation.builder].machine
+    if isinstance(stage, (ExtractLoraStage, MergeAdaptersStage)):
+        return stage.decomposition is not None
     return isinstance(stage, MergeStage) and rules_of(stage.numerics).peer
 
 

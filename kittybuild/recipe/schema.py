@@ -154,6 +154,48 @@ class TransplantText(_StageText):
     new_vocab_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
+class RankText(_Text):
+    """`rank` of an extract_lora stage, where it is no number."""
+
+    most: Annotated[StrictInt, Field(ge=1)]
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class ExtractLoraText(_StageText):
+    """An extract_lora stage."""
+
+    kind: Literal["extract_lora"]
+    model: ReferenceText
+    base: ReferenceText
+    rank: Annotated[StrictInt, Field(ge=1)] | RankText
+    svd: Literal["exact", "randomized"] = "exact"
+    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
+    float64: StrictBool = False
+    distribute_scale: StrictBool = True
+    include: list[Words] = Field(default_factory=list)
+    exclude: list[Words] = Field(default_factory=list)
+    embeddings: Literal["lora", "save", "leave"] = "save"
+    others: Literal["save", "leave"] = "save"
+    modules_to_save: list[Words] = Field(default_factory=list)
+    fan_in_fan_out: StrictBool | None = None
+
+
+class MergeAdaptersText(_StageText):
+    """A merge_adapters stage."""
+
+    kind: Literal["merge_adapters"]
+    method: Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"]
+    adapters: Annotated[list[AdapterText], Field(min_length=1)]
+    space: Literal["delta", "factors"] = "delta"
+    density: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rank: Annotated[StrictInt, Field(ge=1)] | RankText | None = None
+    svd: Literal["exact", "randomized"] = "exact"
+    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
+    float64: StrictBool = False
+    distribute_scale: StrictBool = True
+
+
 class SourceText(_Text):
     """A source: one of `path`, `package` + `file`, `hub`."""
 
@@ -192,12 +234,15 @@ class RecipeText(_Text):
     outputs: dict[str, OutputText] = Field(default_factory=dict)
 
 
-STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText | TransplantText]] = MappingProxyType(
+StageText = MergeText | ApplyLoraText | ExtractLoraText | MergeAdaptersText | TransplantText
+STAGE_KINDS: Mapping[str, type[StageText]] = MappingProxyType(
     {
         "merge": MergeText,
         "state_dict": StateDictText,
         "apply_lora": ApplyLoraText,
         "transplant_tokenizer": TransplantText,
+        "extract_lora": ExtractLoraText,
+        "merge_adapters": MergeAdaptersText,
     }
 )
 
