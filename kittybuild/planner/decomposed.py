@@ -127,4 +127,4 @@ def too_small(modules: Sequence[Module], rank: Rank, at: At) -> list[KittybuildE
     more = f" (and {len(small) - 1} more)" if len(small) > 1 else ""
     message = f"rank {rank.most} is above that of {small[0].name}, a matrix of {list(small[0].sides)}{more}"
     hint = f"write `rank: {{most: {rank.most}}}` to take what each has"
-    return [PlanError("KB330", message, at=str(at), hint=hint)]
+    return [PlanError("KB350", message, at=str(at), hint=hint)]

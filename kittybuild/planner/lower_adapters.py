@@ -82,7 +82,7 @@ class AdaptersLowering:
         for use in self.adapters:
             held = [*use.adapter.whole, *use.adapter.added, *(m for m, p in use.adapter.modules.items() if p.magnitude)]
             if held:
-                self._fail("KB334", f"{use.label} holds more than factors: {held[0]}", "apply it to its base instead")
+                self._fail("KB353", f"{use.label} holds more than factors: {held[0]}", "apply it to its base instead")
             for module, pair in use.adapter.modules.items():
                 found.setdefault(module, []).append((use, pair))
         if len({use.adapter.transposed for use in self.adapters}) > 1:
@@ -149,7 +149,7 @@ class AdaptersLowering:
             if pair.a.spec.shape != first.a.spec.shape:
                 ranks = f"{pairs[0][0].label} {first.a.spec.shape[0]}, {use.label} {pair.a.spec.shape[0]}"
                 hint = "leave `space` out: differences of any ranks can be merged"
-                self._fail("KB335", f"{module}: factors of other ranks cannot be merged one by one ({ranks})", hint)
+                self._fail("KB354", f"{module}: factors of other ranks cannot be merged one by one ({ranks})", hint)
                 return {}
         self.ranks[module] = first.a.spec.shape[0]
         scales = [use.weight * pair.scale for use, pair in pairs]

@@ -107,7 +107,7 @@ class ExtractLowering:
             self._fail("KB301", message, "an adapter fits a base of the same shapes: bring vocabularies to one size")
         if not (self.found.modules or unequal):
             what = f"{model.label} has no module that differs from {base.label} and is included"
-            self._fail("KB331", what, "look at include and exclude")
+            self._fail("KB351", what, "look at include and exclude")
         self.problems += too_small(self.found.modules, stage.decomposition.rank, stage.at)
 
     def _fail(self, code: str, message: str, hint: str | None = None) -> None:

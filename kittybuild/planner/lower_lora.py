@@ -86,7 +86,7 @@ class LoraLowering:
         if whole and (factored or added):
             if len(whole) > 1 or whole[0][1] != 1.0 or len({use.label for use in factored}) > 1 or added:
                 message = f"one adapter takes the place of {name}, another adds to it: the sum has no meaning"
-                self._fail("KB333", message, "apply them in two stages, one after the other")
+                self._fail("KB352", message, "apply them in two stages, one after the other")
             given = whole[0][0]
         if factored:
             return self._changed(name, given, factored, output.dtype)

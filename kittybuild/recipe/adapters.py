@@ -84,7 +84,7 @@ def _decomposition(form: ExtractLoraText | MergeAdaptersText) -> Decomposition |
     rank = form.rank
     if rank is None:
         return None
-    most = Rank(rank) if isinstance(rank, int) else Rank(rank.most, False, rank.energy, rank.threshold)
+    most = Rank(rank.most, rank.exact, rank.energy, rank.threshold)
     iterations = form.iterations if form.svd == "randomized" else None
     return Decomposition(most, iterations, form.float64, form.distribute_scale)
 

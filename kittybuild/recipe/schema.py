@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest
 from kittybuild.recipe.reference import REFERENCES
@@ -155,11 +155,15 @@ class TransplantText(_StageText):
 
 
 class RankText(_Text):
-    """`rank` of an extract_lora stage, where it is no number."""
+    """`rank` of stages that make adapters; a number alone is `most`, of every module."""
 
     most: Annotated[StrictInt, Field(ge=1)]
+    exact: StrictBool = False
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+Rank = Annotated[RankText, BeforeValidator(lambda rank: {"most": rank, "exact": True} if type(rank) is int else rank)]
 
 
 class ExtractLoraText(_StageText):
@@ -168,7 +172,7 @@ class ExtractLoraText(_StageText):
     kind: Literal["extract_lora"]
     model: ReferenceText
     base: ReferenceText
-    rank: Annotated[StrictInt, Field(ge=1)] | RankText
+    rank: Rank
     svd: Literal["exact", "randomized"] = "exact"
     iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
     float64: StrictBool = False
@@ -189,7 +193,7 @@ class MergeAdaptersText(_StageText):
     adapters: Annotated[list[AdapterText], Field(min_length=1)]
     space: Literal["delta", "factors"] = "delta"
     density: Annotated[float, Field(gt=0, le=1)] = 1.0
-    rank: Annotated[StrictInt, Field(ge=1)] | RankText | None = None
+    rank: Rank | None = None
     svd: Literal["exact", "randomized"] = "exact"
     iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
     float64: StrictBool = False

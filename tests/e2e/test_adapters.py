@@ -401,15 +401,15 @@ def test_a_randomized_method_keeps_nearly_all_that_an_exact_one_keeps(tmp_path: 
 @pytest.mark.parametrize(
     ("stage", "code", "words"),
     [
-        (f"{EXTRACT}rank: 40}}", "KB330", "rank 40 is above that of"),
-        (f"{EXTRACT}rank: 4, include: [nothing]}}", "KB331", "no module that differs"),
+        (f"{EXTRACT}rank: 40}}", "KB350", "rank 40 is above that of"),
+        (f"{EXTRACT}rank: 4, include: [nothing]}}", "KB351", "no module that differs"),
         (f"{EXTRACT}rank: 4, include: ['(']}}", "KB103", "is no pattern"),
         ("{kind: extract_lora, model: tied, base: joy, rank: 4}", "KB307", "joy is an adapter"),
         ("{kind: merge_adapters, method: svd, adapters: [{adapter: joy}]}", "KB103", "needs a rank"),
         ("{kind: merge_adapters, method: cat, adapters: [{adapter: base}]}", "KB307", "base is not an adapter"),
         (
             "{kind: merge_adapters, method: linear, space: factors, adapters: [{adapter: joy}, {adapter: zen}]}",
-            "KB335",
+            "KB354",
             "factors of other ranks",
         ),
     ],

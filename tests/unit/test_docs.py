@@ -265,6 +265,10 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     fields = schema.TransplantText.model_fields
     methods = get_args(fields["approximation_method"].annotation)
     assert set(first_words(section(page("transplant.md"), "Options"))) == {*fields, *methods} - STAGE_KEYS
+    made = section(page("lora.md"), "extract_lora")
+    assert set(first_words(made)) >= set(schema.ExtractLoraText.model_fields) - STAGE_KEYS
+    merged = section(page("lora.md"), "merge_adapters")
+    assert set(first_words(merged)) >= set(schema.MergeAdaptersText.model_fields) - STAGE_KEYS
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 
