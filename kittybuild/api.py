@@ -32,6 +32,7 @@ from kittybuild.store.store import Store
 if TYPE_CHECKING:
     from kittybuild.executor.events import Events
     from kittybuild.executor.run import StageResult
+    from kittybuild.planner.decomposed import Spectra
     from kittybuild.planner.explain import Explanation
     from kittybuild.planner.known import Known
 
@@ -208,10 +209,19 @@ def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[st
 
 def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
-    from kittybuild.planner.lower import lower
+    from kittybuild.planner.spectra import known_spectra
 
     sources = open_all(prepared.paths, prepared.pins, prepared.web)
-    made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
+    known = _lowered(prepared, sources, store, builders, {})
+    if known.plan.open and (spectra := known_spectra(known, known.plan.open)) is not None:
+        known = _lowered(prepared, sources, store, builders, spectra)
+    return known
+
+
+def _lowered(prepared: Prepared, sources: Sources, store: Store | None, builders: Builders, spectra: Spectra) -> Known:
+    from kittybuild.planner.lower import lower
+
+    made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine, spectra)
     unpinned = tuple(
         f"{prepared.decls[name].at}: {name} was not in the lock: commit {prepared.pins[name].facts['commit']}"
         for name in prepared.fresh
@@ -354,7 +364,9 @@ def _run(
     from kittybuild.executor.fetch import fetch
     from kittybuild.executor.run import Limits, run
     from kittybuild.planner.fetching import downloads
+    from kittybuild.planner.lower import only
     from kittybuild.publish.companions import companion_files
+    from kittybuild.publish.extraction import extraction_files
 
     events = events or Silent()
     found = store.salvage()
@@ -363,11 +375,19 @@ def _run(
     known = plan(prepared, store, builders)
     needed = downloads(known)
     fetched = fetch(needed, events)
+    before: dict[str, StageResult] = {}
+    if known.plan.open:  # ranks hang on singular values: these first
+        first = _looked_up(only(known.plan, known.plan.open), known.sources, store)
+        before, _ = run(first, store, builders, Limits(*limits), events)
+        known = plan(prepared, store, builders)
     known = _looked_up(known.plan, known.sources, store) if needed else known  # what was verified is known better
     results, amounts = run(known, store, builders, Limits(*limits), events)
+    for name in before.keys() & results.keys():
+        results[name].computed += before[name].computed
     manifests = {}
     for name, stage in known.plan.stages.items():
         files = companion_files(stage, known.sources, store) if stage.shards else ()
+        files = (*files, *extraction_files(stage, known, store)) if stage.shards else files
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])

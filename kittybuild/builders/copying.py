@@ -1,4 +1,4 @@
-"""Builders that do no arithmetic: a change of dtype, the copy of inputs that must be equal, joining and cutting."""
+"""Builders that do no arithmetic: a change of dtype, the copy of equal inputs, zeros, joining and cutting."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ def _same(job: Job) -> Combine:
     return combine
 
 
+def _zeros(job: Job) -> Combine:
+    """Zeros. No inputs, no params."""
+    import numpy as np
+
+    return lambda block: np.zeros(block.count, np.float32)
+
+
 def _join(job: Job) -> Combine:
     """The elements of all inputs, one after the other."""
     import numpy as np
@@ -58,5 +65,6 @@ def _cut(job: Job) -> Combine:
 
 CAST = Builder("cast", 1, _cast, scratch=0)
 SAME = Builder("same", 1, _same, scratch=1)
+ZEROS = Builder("zeros", 1, _zeros, streamed=0, scratch=0)
 JOIN = Builder("join", 1, _join, streamed=0, scratch=1, whole=0)
 CUT = Builder("cut", 1, _cut, streamed=0, scratch=0, whole=0)

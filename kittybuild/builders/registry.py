@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kittybuild.builders.base import Builders
-from kittybuild.builders.copying import CAST, CUT, JOIN, SAME
-from kittybuild.builders.lora import LORA
+from kittybuild.builders.copying import CAST, CUT, JOIN, SAME, ZEROS
+from kittybuild.builders.lora import DORA, JOINED, LORA
 from kittybuild.builders.merge.arcee_fusion import ARCEE_FUSION
 from kittybuild.builders.merge.linear import LINEAR
 from kittybuild.builders.merge.model_stock import MODEL_STOCK
@@ -18,10 +18,11 @@ from kittybuild.builders.merge.slerp import NUSLERP, SLERP
 from kittybuild.builders.merge.spherical import KARCHER, MULTISLERP
 from kittybuild.builders.merge.tall_masks import CONSENSUS_TA, CONSENSUS_TIES
 from kittybuild.builders.merge.task_arithmetic import FAMILY
-from kittybuild.builders.moe.experts import EXPERT, ZEROS
+from kittybuild.builders.moe.experts import EXPERT
 from kittybuild.builders.moe.layer import DECODER_LAYER
 from kittybuild.builders.moe.routers import EMBEDDINGS, RANDOM, STATES
 from kittybuild.builders.peers import mergekit_0_1_4, mergekit_0_1_5, mergekitty_0_3
+from kittybuild.builders.svd import SVD
 from kittybuild.builders.transplant.neighbours import INTERPOLATION, INTERPOLATION_FITTED
 from kittybuild.builders.transplant.plain import JOHN_HEWITT, MEAN, RANDN, SUBWORD, ZERO
 from kittybuild.builders.transplant.pursuit import OMP
@@ -36,10 +37,11 @@ TRANSPLANTS = (
     *(INTERPOLATION, INTERPOLATION_FITTED, OMP, LANDMARK_PCA, STB),
 )
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
-MOE = (EXPERT, ZEROS, DECODER_LAYER, EMBEDDINGS, STATES, RANDOM)
+MOE = (EXPERT, DECODER_LAYER, EMBEDDINGS, STATES, RANDOM)
+ADAPTERS = (LORA, DORA, JOINED, *SVD)
 BUILTIN = replace(
     Builders.of(
-        *(CAST, SAME, JOIN, CUT, LORA, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH),
+        *(CAST, SAME, ZEROS, JOIN, CUT, *ADAPTERS, ROWS, LINEAR, *SPHERICAL, *DIFFERENCES, *PAIRED, PASSTHROUGH),
         *TRANSPLANTS,
         *MOE,
         *PEERS,

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapter folders: which factors belong to which module, and with what scale.
+"""PEFT LoRA adapters: which factors belong to which module, and with what scale; what they hold whole.
 
 What we cannot apply exactly is a SourceError that names it, never ignored.
 """
@@ -9,28 +9,39 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from kittybuild.checkpoint.folder import inside, read_json, read_weights
-from kittybuild.checkpoint.source import Checkpoint, Entry, FileId
+from kittybuild.checkpoint.source import Checkpoint, FileId
 from kittybuild.errors import SourceError
+from kittybuild.tensors import Shape, TensorSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 LARGEST_ALPHA = 1e30
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
+_END = r"(?:\.(?!weight$)[^.]+)?"
+_NAMES = tuple(
+    re.compile(rf"(?:base_model\.model\.)?(?P<module>.+)\.{rest}")
+    for rest in (
+        rf"lora_(?P<part>[AB]){_END}\.weight",
+        r"lora_embedding_(?P<part>[AB])(?:\.[^.]+)?",
+        r"lora_(?P<part>magnitude)_vector(?:\.[^.]+)?",
+        rf"lora_B{_END}\.(?P<part>bias)",
+    )
+)
+_WHOLE = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?P<layer>\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(?P<last>weight|bias)"
+)
 _NOT_YET = MappingProxyType(
     {
-        "use_dora": "DoRA",
         "use_qalora": "QALoRA",
         "use_bdlora": "block-diagonal factors",
         "kasa_config": "KaSA",
         "monteclora_config": "MonteCLoRA",
         "arrow_config": "Arrow routing",
         "alora_invocation_tokens": "activated LoRA",
-        "modules_to_save": "modules_to_save",
         "layer_replication": "layer_replication",
         "target_parameters": "target_parameters",
         "trainable_token_indices": "trainable tokens",
@@ -39,20 +50,44 @@ _NOT_YET = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """One module's factors: A [r, in], B [out, r], and the scale alpha / r (rsLoRA: alpha / sqrt r)."""
+class Part:
+    """One tensor of an adapter."""
 
-    a: Entry
-    b: Entry
+    name: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's factors, A [r, in] and B [out, r], of a convolution A [r, in, ...] and B [out, r, 1, ...].
+
+    `scale`: alpha / r (rsLoRA: alpha / sqrt r). `magnitude`: of DoRA. `embedding`: of a table, kept as [in, out].
+    """
+
+    a: Part
+    b: Part
     scale: float
+    magnitude: Part | None = None
+    embedding: bool = False
+
+    @property
+    def matrix(self) -> Shape:
+        """The shape of what they change, kept as [out, in]."""
+        return (self.b.spec.shape[0], *self.a.spec.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter folder says. `transposed`: the base keeps these weights as [in, out] (fan_in_fan_out)."""
+    """What an adapter holds. `transposed`: the base keeps linear layers' weights as [in, out] (fan_in_fan_out).
+
+    `whole`: tensors of the base by name, and what takes their place. `added`: biases by name, and what is added to them
+    times a scale.
+    """
 
     modules: Mapping[str, Factors]
     transposed: bool
+    whole: Mapping[str, Part] = field(default_factory=dict)
+    added: Mapping[str, tuple[Part, float]] = field(default_factory=dict)
 
 
 def is_adapter(path: str) -> bool:
@@ -73,68 +108,115 @@ def read_adapter_folder(path: str) -> Checkpoint:
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:
-    """The factors by module name. Raises SourceError KB207 for what it is not and KB208 for what does not fit."""
-    config = checkpoint.config or {}
-    _refuse_others(checkpoint, config)
-    sides: dict[str, dict[str, Entry]] = {}
-    if not checkpoint.entries:
-        raise SourceError("KB207", "the adapter holds no factors", at=checkpoint.where, hint="save it again with peft")
-    for name, entry in checkpoint.entries.items():
-        match = _FACTOR.fullmatch(name)
-        if not match:
-            hint = "only the factors of linear layers can be applied"
-            raise SourceError(
-                "KB207", f"the adapter's tensor {name!r} is no LoRA factor", at=checkpoint.where, hint=hint
-            )
-        if sides.setdefault(match["module"], {}).setdefault(match["side"], entry) is not entry:
-            hint = "save each adapter into its own folder"
-            message = f"two adapters are in one file: {name!r} is the second lora_{match['side']} of its module"
-            raise SourceError("KB207", message, at=checkpoint.where, hint=hint)
-    return Adapter(
-        {m: _factors(checkpoint, config, m, pair) for m, pair in sides.items()}, bool(config.get("fan_in_fan_out"))
-    )
+    """What an adapter's folder holds; see `adapter_of`."""
+    specs = {name: entry.spec for name, entry in checkpoint.entries.items()}
+    return adapter_of(checkpoint.where, checkpoint.config or {}, specs)
 
 
-def _refuse_others(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+def adapter_of(where: str, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Adapter:
+    """The factors by module, and what is held whole. Raises SourceError KB207 for what it is not, and KB208 for what
+    does not fit."""
+    _refuse_others(where, config)
+    sides: dict[str, dict[str, Part]] = {}
+    embeddings: set[str] = set()
+    whole: dict[str, Part] = {}
+    for name, spec in specs.items():
+        part = Part(name, spec)
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in _NAMES)), None)
+        if match:
+            if sides.setdefault(match["module"], {}).setdefault(match["part"], part) is not part:
+                hint = "save each adapter into its own folder"
+                what = match["part"] if match["part"] not in "AB" else f"lora_{match['part']}"
+                message = f"two adapters are in one file: {name!r} is the second {what} of its module"
+                raise SourceError("KB207", message, at=where, hint=hint)
+            embeddings |= {match["module"]} if "lora_embedding" in name else set()
+        elif target := _whole(name, config):
+            whole[target] = part
+        else:
+            hint = "no part of a LoRA adapter that its config speaks of has such a name"
+            raise SourceError("KB207", f"the adapter's tensor {name!r} is no LoRA factor", at=where, hint=hint)
+    if not sides and not whole:
+        raise SourceError("KB207", "the adapter holds no factors", at=where, hint="save it again with peft")
+    reading = _Reading(where, config)
+    factors = {m: reading.factors(m, parts, embedding=m in embeddings) for m, parts in sides.items()}
+    added = {f"{m}.bias": (parts["bias"], factors[m].scale) for m, parts in sides.items() if "bias" in parts}
+    return Adapter(factors, bool(config.get("fan_in_fan_out")), whole, added)
+
+
+def _whole(name: str, config: Mapping[str, Any]) -> str | None:
+    """The name of the base's tensor whose place a tensor takes, as the config allows it; else None."""
+    match = _WHOLE.fullmatch(name)
+    if match is None or ".lora_" in name:
+        return None
+    module, last = match["module"], match["last"]
+    saved = config.get("modules_to_save") or ()
+    if (match["layer"] or "") == ".base_layer":
+        allowed = last == "weight" or config.get("bias") in ("all", "lora_only")
+    else:
+        allowed = any(module.endswith(str(end)) for end in saved)
+        allowed = allowed or (last == "bias" and config.get("bias") == "all")
+        allowed = allowed or bool(config.get("ensure_weight_tying") and saved)
+    return f"{module}.{last}" if allowed else None
+
+
+def _refuse_others(where: str, config: Mapping[str, Any]) -> None:
     initial = str(config.get("init_lora_weights")).lower()
     others = {
         f"peft_type {config.get('peft_type')!r}": config.get("peft_type") != "LORA",
-        "bias": config.get("bias", "none") not in ("none", None) or config.get("lora_bias"),
+        f"bias {config.get('bias')!r}": config.get("bias", "none") not in ("none", "all", "lora_only", None),
         # These begin with a change of the base's own weights, which the adapter's files do not hold.
         f"init_lora_weights {initial!r}": initial.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
         **{what: config.get(key) for key, what in _NOT_YET.items()},
     }
     if found := [what for what, used in others.items() if used]:
         hint = "merge it into its base with peft and give that folder"
-        raise SourceError(
-            "KB207", f"the adapter uses {', '.join(found)}, which we cannot apply yet", at=checkpoint.where, hint=hint
-        )
+        message = f"the adapter uses {', '.join(found)}, which we cannot apply yet"
+        raise SourceError("KB207", message, at=where, hint=hint)
 
 
-def _factors(checkpoint: Checkpoint, config: Mapping[str, Any], module: str, pair: Mapping[str, Entry]) -> Factors:
-    def fail(message: str) -> SourceError:
-        return SourceError(
-            "KB208", f"{module}: {message}", at=checkpoint.where, hint="save the adapter again with peft"
-        )
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """An adapter's config, for one module after the other."""
 
-    if set(pair) != {"A", "B"}:
-        raise fail("one of lora_A and lora_B is missing")
-    a, b = pair["A"], pair["B"]
-    if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
-        raise fail(f"lora_A {a.spec} and lora_B {b.spec} do not fit each other")
-    if not (a.spec.dtype.is_float and b.spec.dtype.is_float):
-        raise fail(f"lora_A {a.spec} and lora_B {b.spec} are not both of floating point")
-    rank = a.spec.shape[0]
-    try:
-        declared = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
-        alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise fail(f"a pattern of the config is no regular expression: {error}") from error
-    if declared != rank:
-        raise fail(f"its factors have rank {rank}, the config says {declared!r}")
-    if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA or rank == 0:
-        raise fail(f"lora_alpha {alpha!r} over rank {rank} is no scale")
-    return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    where: str
+    config: Mapping[str, Any]
+
+    def fail(self, module: str, message: str) -> SourceError:
+        """The error KB208 for a module."""
+        return SourceError("KB208", f"{module}: {message}", at=self.where, hint="save the adapter again with peft")
+
+    def factors(self, module: str, parts: Mapping[str, Part], *, embedding: bool) -> Factors:
+        """A module's factors, which fit each other and the config."""
+        if not {"A", "B"} <= set(parts):
+            raise self.fail(module, "one of lora_A and lora_B is missing")
+        a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+        first, second = a.spec.shape, b.spec.shape
+        ones = tuple(1 for _ in second[2:])
+        if len(first) < 2 or len(second) != len(first) or first[0] != second[1] or second[2:] != ones:
+            raise self.fail(module, f"lora_A {a.spec} and lora_B {b.spec} do not fit each other")
+        if not (a.spec.dtype.is_float and b.spec.dtype.is_float):
+            raise self.fail(module, f"lora_A {a.spec} and lora_B {b.spec} are not both of floating point")
+        dora = bool(self.config.get("use_dora"))
+        if dora != (magnitude is not None) or (magnitude and magnitude.spec.numel != second[0]):
+            found = magnitude.spec if magnitude else "none"
+            raise self.fail(module, f"use_dora is {str(dora).lower()}, and its magnitude vector is {found}")
+        if magnitude and (embedding or len(first) > 2 or self.config.get("fan_in_fan_out")):
+            raise self.fail(module, "DoRA can be applied to linear layers that keep their weights as [out, in] only")
+        return Factors(a, b, self.scale(module, first[0]), magnitude, embedding)
+
+    def scale(self, module: str, rank: int) -> float:
+        """What PEFT multiplies the product of a module's factors by."""
+        config = self.config
+        try:
+            declared = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+            alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise self.fail(module, f"a pattern of the config is no regular expression: {error}") from error
+        if declared != rank:
+            raise self.fail(module, f"its factors have rank {rank}, the config says {declared!r}")
+        if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA or rank == 0:
+            raise self.fail(module, f"lora_alpha {alpha!r} over rank {rank} is no scale")
+        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:

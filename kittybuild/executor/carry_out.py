@@ -15,7 +15,7 @@ from kittybuild.errors import BuildError, KittybuildError
 from kittybuild.executor.blocks import Output, StreamJob
 from kittybuild.executor.budget import block_elements, streamed
 from kittybuild.executor.feed import Feed, Sink
-from kittybuild.executor.order import Given, Order, Report, Slot, needs_torch
+from kittybuild.executor.order import Given, Order, Report, Slot
 from kittybuild.store.disk import Disk
 from kittybuild.store.problems import guarded
 from kittybuild.tensors import TensorSpec
@@ -78,7 +78,7 @@ def _pen(slot: Slot, disk: Disk) -> Iterator[_Pen]:
 
 def _make(order: Order, tools: Tools, sink: Sink) -> Report:
     drv, builder = order.drv, tools.builders.behind(order.drv)
-    if needs_torch(drv):
+    if ";" in drv.numerics:
         from kittybuild.executor.machine import check_machine
 
         check_machine(drv.numerics)

@@ -1,4 +1,4 @@
-"""The machine that a derivation's class names is the one that torch finds: else its key would lie."""
+"""The machine that a derivation's class names is the one that torch and numpy find: else its key would lie."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ def check_machine(numerics: str) -> None:
     if not words:
         return
     import numpy
-    import torch
 
-    versions = {"torch": str(torch.__version__), "numpy": numpy.__version__}
-    if "transformers" in words:
+    wanted = dict(zip(words[:-1:2], words[1::2], strict=False))
+    versions, capability = {"numpy": numpy.__version__}, words[-1]
+    if "torch" in wanted:
+        import torch
+
+        versions["torch"], capability = str(torch.__version__), torch.backends.cpu.get_cpu_capability()
+    if "transformers" in wanted:
         import transformers
 
         versions["transformers"] = transformers.__version__
-    wanted = dict(zip(words[:-1:2], words[1::2], strict=False))
     wrong = {name: versions[name] for name, version in wanted.items() if not _is(versions[name], version)}
-    capability = torch.backends.cpu.get_cpu_capability()
     if capability != words[-1]:
         wrong["instruction set"] = capability
     if wrong:

@@ -61,4 +61,4 @@ class Report:
 
 def needs_torch(drv: Derivation) -> bool:
     """Whether a derivation's arithmetic is torch's: its class then names torch's version and the machine."""
-    return ";" in drv.numerics
+    return ";torch " in drv.numerics

@@ -8,6 +8,8 @@ from typing import Any
 
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -31,6 +33,11 @@ class StagePlan:
     files: Mapping[str, bytes | None] = field(default_factory=dict)
 
     @property
+    def adapter(self) -> bool:
+        """Whether it makes an adapter, which is one file of weights."""
+        return ADAPTER_CONFIG in self.files
+
+    @property
     def derivations(self) -> Mapping[str, Derivation]:
         """The tensors that are made here."""
         return {name: step for name, step in self.steps.items() if isinstance(step, Derivation)}
@@ -38,10 +45,14 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages in the order in which they can be built, and what a person should know."""
+    """The stages in the order in which they can be built, and what a person should know.
+
+    `open`: stages of spectra on whose values others' shapes hang: with these known, it is to be lowered again.
+    """
 
     stages: Mapping[str, StagePlan]
     notes: tuple[str, ...] = ()
+    open: tuple[str, ...] = ()
 
     def step(self, tensor: StageTensor) -> Step:
         """The step behind a stage's tensor."""

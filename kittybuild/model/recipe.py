@@ -87,6 +87,11 @@ class ModelRef:
         """The adapter's own reference."""
         return _named(self.adapter, self.adapter_revision) if self.adapter else None
 
+    def parts(self) -> tuple[ModelRef, ...]:
+        """The model, and the adapter on it if there is one, each by itself."""
+        base = ModelRef(self.model, self.revision, at=self.at)
+        return (base, ModelRef(self.adapter, self.adapter_revision, at=self.at)) if self.adapter else (base,)
+
 
 def _named(name: str, revision: str | None) -> str:
     """Two references have one text only if they are equal: a path that holds a sign of ours stands in quotes."""
@@ -222,8 +227,8 @@ class ApplyLoraStage:
     kind: Literal["apply_lora"] = "apply_lora"
 
     def references(self) -> tuple[ModelRef, ...]:
-        """Its base. Adapters are sources of their own kind and never stages."""
-        return (self.base,)
+        """Its base, and the adapters."""
+        return (self.base, *(use.adapter for use in self.adapters))
 
 
 Sides = Literal["no", "yes", "embed", "lm_head"]
@@ -333,7 +338,100 @@ class MoeStage:
         return self.runs_base or self.gate_mode == "cheap_embed"
 
 
-Stage = MergeStage | ApplyLoraStage | TransplantStage | MoeStage
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """How many singular values a module keeps: `most`, or fewer.
+
+    `exact`: `most` of them, of every module. `energy`: as few as keep that share of the sum of squares. `threshold`:
+    those above it.
+    """
+
+    most: int
+    exact: bool = True
+    energy: float | None = None
+    threshold: float | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the rank depends on the singular values."""
+        return self.energy is not None or self.threshold is not None
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How singular values are found: all of them, or `iterations` of a randomized method; in float64 if `double`.
+
+    `distribute`: both factors take the root of the singular value; else A takes it whole.
+    """
+
+    rank: Rank
+    iterations: int | None = None
+    double: bool = False
+    distribute: bool = True
+
+
+@dataclass(frozen=True)
+class ExtractLoraStage:
+    """The difference of a model from its base as a PEFT adapter.
+
+    `include`, `exclude`: patterns searched in the names of modules. `embeddings`: their tables as factors, saved whole,
+    or left out. `others`: what no factors can hold (norms, biases), saved or left out. `saved`: names of modules, or
+    their last parts, that are saved whole. `transposed`: weights are stored [in, out]; None: as the config tells.
+    """
+
+    name: str
+    model: ModelRef
+    base: ModelRef
+    decomposition: Decomposition
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: Literal["lora", "save", "leave"] = "save"
+    others: Literal["save", "leave"] = "save"
+    saved: tuple[str, ...] = ()
+    transposed: bool | None = None
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    keep: bool = True
+    allow_nan: bool = False
+    at: At = field(default=NOWHERE, compare=False)
+    kind: Literal["extract_lora"] = "extract_lora"
+
+    def references(self) -> tuple[ModelRef, ...]:
+        """The model and its base."""
+        return (self.model, self.base)
+
+
+AdapterMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"]
+
+
+@dataclass(frozen=True)
+class MergeAdaptersStage:
+    """Adapters merged to one, without their base.
+
+    `space`: "delta", what they add to the weights is merged, or "factors", each factor by itself as PEFT does it.
+    `density`: the share that sparse methods keep. `decomposition`: how the merged differences are cut down; None: the
+    ranks add up, or stay.
+    """
+
+    name: str
+    method: AdapterMethod
+    adapters: tuple[AdapterUse, ...]
+    space: Literal["delta", "factors"] = "delta"
+    density: float = 1.0
+    decomposition: Decomposition | None = None
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    keep: bool = True
+    allow_nan: bool = False
+    at: At = field(default=NOWHERE, compare=False)
+    kind: Literal["merge_adapters"] = "merge_adapters"
+
+    def references(self) -> tuple[ModelRef, ...]:
+        """The adapters."""
+        return tuple(use.adapter for use in self.adapters)
+
+
+Stage = MergeStage | ApplyLoraStage | ExtractLoraStage | MergeAdaptersStage | TransplantStage | MoeStage
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 from kittybuild.builders.base import Builders
 from kittybuild.errors import KittybuildError, PlanError, raise_all
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
-from kittybuild.model.plan import Plan, StagePlan, inputs_of
+from kittybuild.model.plan import ADAPTER_CONFIG, Plan, StagePlan, inputs_of
 from kittybuild.model.recipe import (
     AdapterUse,
     ApplyLoraStage,
+    ExtractLoraStage,
+    MergeAdaptersStage,
     MergeStage,
     ModelRef,
     MoeStage,
@@ -20,15 +25,18 @@ from kittybuild.model.recipe import (
     TransplantStage,
 )
 from kittybuild.planner.config import with_dtype
+from kittybuild.planner.decomposed import Decomposed, Spectra
 from kittybuild.planner.files import GENERATION, TOKENIZER_FILES, ModelFiles
-from kittybuild.planner.lower_lora import lower_lora
+from kittybuild.planner.lower_adapters import AdaptersLowering
+from kittybuild.planner.lower_extract import ExtractLowering
+from kittybuild.planner.lower_lora import Applied, LoraLowering
 from kittybuild.planner.lower_merge import MergeLowering
 from kittybuild.planner.lower_moe import MoeLowering
 from kittybuild.planner.lower_transplant import TransplantLowering
 from kittybuild.planner.machine import Machine
 from kittybuild.planner.merge_params import Origin
 from kittybuild.planner.modules import ModulesLowering
-from kittybuild.planner.views import Sources, View, need_adapter
+from kittybuild.planner.views import Sources, View
 from kittybuild.planner.vocabulary import Aligned, aligned, without_tables
 from kittybuild.tensors import DType
 from kittybuild.tokens.reading import FILES
@@ -37,24 +45,44 @@ DEFAULT_SHARD = 1_000_000_000
 
 
 def lower(
-    recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders, machine: Machine | None = None
+    recipe: Recipe,
+    wanted: Sequence[str],
+    sources: Sources,
+    builders: Builders,
+    machine: Machine | None = None,
+    spectra: Spectra = MappingProxyType({}),
 ) -> Plan:
     """Every tensor that the wanted stages need, as steps. Raises all problems of all stages at once.
 
-    `machine`: where it is to be built, if a stage's class of arithmetic depends on that.
+    `machine`: where it is to be built, if a stage's class of arithmetic depends on that. `spectra`: those that are
+    known; where ranks hang on others, the largest are taken, and the plan is `open`.
     """
-    lowering = _Lowering(recipe, sources, builders, machine)
+    lowering = _Lowering(recipe, sources, builders, machine, spectra)
     lowering.all_of(wanted)
-    kept = _reached(lowering.done, wanted)
-    stages = {}
-    for name, stage in lowering.done.items():
-        if name in wanted:
-            shard_size = recipe.outputs[name].shard_size if name in recipe.outputs else DEFAULT_SHARD
-            stages[name] = replace(stage, shards=shards_of(stage.steps, shard_size))
-        elif kept[name]:
-            stages[name] = replace(stage, steps={n: step for n, step in stage.steps.items() if n in kept[name]})
+    reports = [lowering.spectra_of[name] for name in wanted if name in lowering.spectra_of]
+    sizes = {name: output.shard_size for name, output in recipe.outputs.items()}
+    stages = _narrowed(lowering.done, (*wanted, *reports), sizes)
     notes = tuple(f"{c.where}: {note}" for c in sources.checkpoints.values() for note in c.notes)
-    return Plan(stages, (*recipe.notes, *lowering.notes, *notes))
+    return Plan(stages, (*recipe.notes, *lowering.notes, *notes), tuple(lowering.open))
+
+
+def only(plan: Plan, wanted: Sequence[str]) -> Plan:
+    """What of a plan these stages need."""
+    return replace(plan, stages=_narrowed(plan.stages, wanted, {}))
+
+
+def _narrowed(done: Mapping[str, StagePlan], wanted: Sequence[str], sizes: Mapping[str, int]) -> dict[str, StagePlan]:
+    """The wanted stages whole, in shards of these sizes; of the others what they need."""
+    kept = _reached(done, wanted)
+    stages = {}
+    for name, stage in done.items():
+        if name in wanted:
+            shards = (tuple(stage.steps),) if stage.adapter else shards_of(stage.steps, sizes.get(name, DEFAULT_SHARD))
+            stages[name] = replace(stage, shards=shards)
+        elif kept[name]:
+            steps = {n: step for n, step in stage.steps.items() if n in kept[name]}
+            stages[name] = replace(stage, steps=steps, shards=())
+    return stages
 
 
 def origins(
@@ -96,8 +124,18 @@ def _reached(stages: Mapping[str, StagePlan], wanted: Sequence[str]) -> dict[str
 class _Lowering:
     """The stages lowered so far. A stage is lowered when the first reference asks for it."""
 
-    def __init__(self, recipe: Recipe, sources: Sources, builders: Builders, machine: Machine | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sources,
+        builders: Builders,
+        machine: Machine | None,
+        spectra: Spectra = MappingProxyType({}),
+    ) -> None:
         self.recipe, self.sources, self.builders, self.machine = recipe, sources, builders, machine
+        self.spectra = spectra
+        self.spectra_of: dict[str, str] = {}
+        self.open: list[str] = []
         self.problems: list[KittybuildError] = []
         self.done: dict[str, StagePlan] = {}
         self.merges: dict[str, MergeLowering | ModulesLowering] = {}
@@ -126,22 +164,42 @@ class _Lowering:
             adapter = ModelRef(ref.adapter, ref.adapter_revision, at=ref.at)
             self._lower(ApplyLoraStage(key, base, (AdapterUse(adapter, 1.0, ref.at),), at=ref.at))
         elif key not in self.views:
-            if ref.model in self.recipe.stages and ref.revision is None:
-                return self.stage(ref.model)
-            self.views[key] = self._source(ref)
+            found = self._named(ref)
+            if not found.adapter:
+                return found
+            hint = f"name its base with it: BASE+{ref}"
+            self.problems.append(PlanError("KB307", f"{ref} is an adapter, not a model", at=str(ref.at), hint=hint))
+            self.broken.add(key)
+            self.views[key] = View(key, {}, None, None)
         return self.views[key]
 
-    def _source(self, ref: ModelRef) -> View:
-        if self.sources.checkpoints[ref.base_text].kind != "adapter":
-            return self.sources.view(ref.base_text)
-        hint = f"name its base with it: BASE+{ref}"
-        self.problems.append(PlanError("KB307", f"{ref} is an adapter, not a model", at=str(ref.at), hint=hint))
-        self.broken.add(str(ref))
-        return View(str(ref), {}, None, None)
+    def _named(self, ref: ModelRef) -> View:
+        """What a reference without an adapter names: a stage or a source, a model or an adapter."""
+        if ref.model in self.recipe.stages and ref.revision is None:
+            return self.stage(ref.model)
+        return self.sources.view(ref.base_text)
+
+    def adapter(self, use: AdapterUse) -> Applied:
+        """The adapter that a stage names. Raises PlanError KB307 for a model, SourceError for one we cannot apply."""
+        name = use.adapter.base_text
+        found = self._named(use.adapter)
+        where = None
+        if name in self.sources.checkpoints:
+            where = self.sources.checkpoints[name].where
+        if not found.adapter:
+            what = f"there is no {ADAPTER_CONFIG} in {where}" if where else "this stage makes a model"
+            hint = "give the adapter's own folder, as peft saves it"
+            raise PlanError("KB307", f"{name} is not an adapter: {what}", at=str(use.adapter.at), hint=hint)
+        return Applied.of(found, use.weight, where)
 
     def _lower(self, stage: Stage) -> None:
+        uses = stage.adapters if isinstance(stage, (ApplyLoraStage, MergeAdaptersStage)) else ()
+        adapters = [use.adapter for use in uses]
         for ref in stage.references():
-            self.view(ref)
+            if ref in adapters:
+                self._named(ref)
+            else:
+                self.view(ref)
         if self.broken & {str(ref) for ref in stage.references()}:  # what follows from it is no news
             self._break(stage)
             return
@@ -163,17 +221,16 @@ class _Lowering:
             donor = self.view(stage.base)
             files = donor.files
             steps, config = self._moe(stage, donor)
+        elif isinstance(stage, ExtractLoraStage):
+            self._extract(stage)
+            return
+        elif isinstance(stage, MergeAdaptersStage):
+            self._merge_adapters(stage)
+            return
         else:
             donor = self.view(stage.base)
             files = donor.files
-            adapters = []
-            for use in stage.adapters:
-                try:
-                    name = use.adapter.base_text
-                    adapters.append((name, need_adapter(self.sources, name, use.at), use.weight))
-                except KittybuildError as error:
-                    self.problems.append(error)
-            steps = lower_lora(stage, donor, adapters, self.builders, self.problems)
+            steps = LoraLowering(stage, donor, self._adapters(stage), self.builders, self.problems).steps()
             config = donor.config
         if len(self.problems) > before:
             self._break(stage)
@@ -222,6 +279,82 @@ class _Lowering:
             return Aligned({ref: without_tables(self.view(ref)) for ref in stage.references()})
         self.done.update({tables.name: tables for tables in models.tables})
         return models
+
+    def _adapters(self, stage: ApplyLoraStage | MergeAdaptersStage) -> list[Applied]:
+        """The adapters of a stage; problems are noted."""
+        found = []
+        for use in stage.adapters:
+            try:
+                found.append(self.adapter(use))
+            except KittybuildError as error:
+                self.problems.append(error)
+        return found
+
+    def _extract(self, stage: ExtractLoraStage) -> None:
+        views, before = (self.view(stage.model), self.view(stage.base)), len(self.problems)
+        extraction = ExtractLowering(
+            stage,
+            views,
+            self._base_name(stage.base),
+            self.builders,
+            self.problems,
+            seed=self.recipe.seed,
+            machine=self.machine,
+            spectra=self.spectra.get(f"{stage.name}/spectra"),
+        )
+        steps = extraction.steps()
+        if len(self.problems) > before:
+            self._break(stage)
+            return
+        self.notes += extraction.notes
+        self._decomposed(stage, extraction.cut)
+        self._finish_adapter(stage, steps, extraction.config())
+
+    def _merge_adapters(self, stage: MergeAdaptersStage) -> None:
+        before = len(self.problems)
+        adapters = self._adapters(stage)
+        if len(self.problems) == before:
+            spectra = self.spectra.get(f"{stage.name}/spectra")
+            merge = AdaptersLowering(
+                stage,
+                adapters,
+                self.builders,
+                self.problems,
+                seed=self.recipe.seed,
+                machine=self.machine,
+                spectra=spectra,
+            )
+            steps = merge.steps()
+        if len(self.problems) > before:
+            self._break(stage)
+            return
+        for name, made in merge.hidden.items():
+            self.done[name] = StagePlan(name, "differences", made, None, None, keep=False, allow_nan=stage.allow_nan)
+        if merge.cut:
+            self._decomposed(stage, merge.cut)
+        self._finish_adapter(stage, steps, merge.config())
+
+    def _decomposed(self, stage: Stage, cut: Decomposed) -> None:
+        """Note the decompositions of a stage, whose spectra other shapes may hang on."""
+        for name, made in ((cut.factors_stage, cut.factors), (cut.spectra_stage, cut.spectra)):
+            self.done[name] = StagePlan(name, "factors", made, None, None, allow_nan=stage.allow_nan)
+        self.spectra_of[stage.name] = cut.spectra_stage
+        if cut.how.rank.adaptive and cut.spectra_stage not in self.spectra:
+            self.open.append(cut.spectra_stage)
+
+    def _finish_adapter(self, stage: Stage, steps: Mapping[str, Step], config: Mapping[str, Any]) -> None:
+        """Note the plan of a stage that makes an adapter, and that adapter."""
+        files = {ADAPTER_CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+        self.done[stage.name] = StagePlan(
+            stage.name, stage.kind, steps, None, None, keep=stage.keep, allow_nan=stage.allow_nan, files=files
+        )
+        tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
+        self.views[stage.name] = View(stage.name, tensors, None, config)
+
+    def _base_name(self, ref: ModelRef) -> str:
+        """What an adapter's config calls its base: as the recipe does."""
+        known = self.recipe.sources.get(ref.model)
+        return str(ref) if known is None or known.package else known.hub or known.path
 
     def derive(self, label: str, model: View, made: Mapping[str, Derivation]) -> Mapping[str, Input]:
         """Tensors that are made of a model's, in a stage of their own that nothing keeps."""

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.opening import package_version
-from kittybuild.model.recipe import MergeStage, MoeStage, Stage, TransplantStage
+from kittybuild.model.recipe import (
+    ExtractLoraStage,
+    MergeAdaptersStage,
+    MergeStage,
+    MoeStage,
+    Stage,
+    TransplantStage,
+)
 from kittybuild.planner.peers import rules_of
 
 _FORCED = ("default", "avx2", "avx512")
@@ -46,6 +53,8 @@ def by_machine(stage: Stage, builders: Builders) -> bool:
         return builders[stage.approximation.builder].machine
     if isinstance(stage, MoeStage):
         return stage.runs_base
+    if isinstance(stage, (ExtractLoraStage, MergeAdaptersStage)):
+        return stage.decomposition is not None
     return isinstance(stage, MergeStage) and rules_of(stage.numerics).peer
 
 

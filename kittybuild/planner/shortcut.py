@@ -57,8 +57,6 @@ class _Keys:
         """The key of a stage over the identities of what it names."""
         if stage.name not in self.done:
             named = {str(ref): self.model(ref).hex for ref in stage.references()}
-            if isinstance(stage, ApplyLoraStage):
-                named |= {str(use.adapter): self.fingerprints[use.adapter.base_text].hex for use in stage.adapters}
             form = {
                 "tool": __version__,
                 "versions": self.versions,

@@ -15,5 +15,5 @@ def targets(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
             raise UsageError("KB001", f"there is no stage {name!r}", at=recipe.file, hint=nearest(name, recipe.stages))
     if asked or recipe.outputs:
         return tuple(name for name in recipe.stages if name in (asked or recipe.outputs))
-    needed = {ref.model for stage in recipe.stages.values() for ref in stage.references()}
+    needed = {part.model for stage in recipe.stages.values() for ref in stage.references() for part in ref.parts()}
     return tuple(name for name in recipe.stages if name not in needed)

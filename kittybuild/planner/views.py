@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ from kittybuild.checkpoint.sources.cached import Cached
 from kittybuild.checkpoint.sources.hub import bring_entry, identity, open_pinned
 from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest
-from kittybuild.errors import KittybuildError, PlanError, raise_all
+from kittybuild.errors import KittybuildError, raise_all
 from kittybuild.model.derivation import Input, SourceTensor
 from kittybuild.model.lock import REPOSITORY, Pin
-from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
+from kittybuild.model.recipe import At, Recipe, SourceDecl
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class View:
     config: Mapping[str, Any] | None
     encoded: frozenset[str] = frozenset()
     files: Mapping[str, bytes | None] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it is no model but an adapter: its config is an adapter's."""
+        return self.config is not None and "peft_type" in self.config
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,9 @@ def source_names(recipe: Recipe) -> dict[str, SourceDecl]:
     """Every source that the stages name: declared ones by name, others by the path that is their name."""
     found: dict[str, SourceDecl] = {}
     for stage in recipe.stages.values():
-        references: Iterable[ModelRef] = stage.references()
-        if stage.kind == "apply_lora":
-            references = (*references, *(use.adapter for use in stage.adapters))
-        for ref in references:
+        for ref in [part for named in stage.references() for part in named.parts()]:
             if ref.model not in recipe.stages:
-                found.setdefault(ref.base_text, _declared(recipe, ref.model, ref.revision, ref.at))
-            if ref.adapter:
-                found.setdefault(ref.adapter_text or "", _declared(recipe, ref.adapter, ref.adapter_revision, ref.at))
+                found.setdefault(str(ref), _declared(recipe, ref.model, ref.revision, ref.at))
     return found
 
 
@@ -133,12 +133,3 @@ def open_all(paths: Mapping[str, str], pins: Mapping[str, Pin] | None = None, we
 def fingerprints(paths: Mapping[str, str]) -> dict[str, Digest]:
     """The identity of each source as `stat` tells it."""
     return {name: fingerprint(path) for name, path in paths.items()}
-
-
-def need_adapter(sources: Sources, name: str, at: At) -> Checkpoint:
-    """The adapter source `name`; PlanError KB307 if it is a model."""
-    checkpoint = sources.checkpoints[name]
-    if checkpoint.kind != "adapter":
-        message = f"{name} is not an adapter: there is no adapter_config.json in {checkpoint.where}"
-        raise PlanError("KB307", message, at=str(at), hint="give the adapter's own folder, as peft saves it")
-    return checkpoint

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from kittybuild.errors import BuildError
 from kittybuild.model.manifest import Manifest
+from kittybuild.model.plan import ADAPTER_CONFIG
 from kittybuild.publish.place import alone, place, tidy
 from kittybuild.store.problems import failure
 from kittybuild.store.store import Store
@@ -22,8 +23,11 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 _SECOND = 1_000_000_000
 
 
-def shard_names(count: int) -> tuple[str, ...]:
-    """The file names of the shards, as transformers wants them."""
+def shard_names(manifest: Manifest) -> tuple[str, ...]:
+    """The file names of the shards, as transformers wants them; of an adapter's only one, as PEFT wants it."""
+    count = len(manifest.shards)
+    if any(file.name == ADAPTER_CONFIG for file in manifest.files):
+        return ("adapter_model.safetensors",)
     if count == 1:
         return ("model.safetensors",)
     return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
@@ -31,7 +35,7 @@ def shard_names(count: int) -> tuple[str, ...]:
 
 def index_json(manifest: Manifest) -> bytes:
     """model.safetensors.index.json."""
-    names = shard_names(len(manifest.shards))
+    names = shard_names(manifest)
     places = {tensor: file for file, shard in zip(names, manifest.shards, strict=True) for tensor in shard.names}
     total = sum(tensor.ref.spec.nbytes for tensor in manifest.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": {t.name: places[t.name] for t in manifest.tensors}}
@@ -75,7 +79,7 @@ def _files(manifest: Manifest, texts: Mapping[str, bytes], store: Store) -> dict
 def _is_current(folder: str, manifest: Manifest, files: Mapping[str, bytes], store: Store) -> bool:
     """Whether the folder holds just these shards (the packs themselves, or copies as we make them) and files."""
     try:
-        for name, shard in zip(shard_names(len(manifest.shards)), manifest.shards, strict=True):
+        for name, shard in zip(shard_names(manifest), manifest.shards, strict=True):
             pack = store.pack(shard.pack)
             if pack is None or not _same(os.stat(os.path.join(folder, name)), os.stat(pack)):
                 return False
@@ -83,7 +87,7 @@ def _is_current(folder: str, manifest: Manifest, files: Mapping[str, bytes], sto
             with open(os.path.join(folder, name), "rb") as file:
                 if file.read() != data:
                     return False
-        return not _leftovers(folder, {*files, *shard_names(len(manifest.shards))})
+        return not _leftovers(folder, {*files, *shard_names(manifest)})
     except OSError:
         return False
 
@@ -122,7 +126,7 @@ def _our_files(folder: str) -> frozenset[str]:
 def _fill(new: str, manifest: Manifest, files: Mapping[str, bytes], store: Store) -> None:
     disk = store.disk
     disk.makedirs(new)
-    for name, shard in zip(shard_names(len(manifest.shards)), manifest.shards, strict=True):
+    for name, shard in zip(shard_names(manifest), manifest.shards, strict=True):
         pack = store.pack(shard.pack)
         if pack is None:
             raise BuildError("KB506", f"the store has lost the pack {shard.pack}", hint="build again")

@@ -13,7 +13,15 @@ from typing import Any
 from kittybuild import __version__
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import Method, find
-from kittybuild.model.recipe import ApplyLoraStage, MergeStage, MoeStage, Recipe, Stage, TransplantStage
+from kittybuild.model.recipe import (
+    ExtractLoraStage,
+    MergeAdaptersStage,
+    MergeStage,
+    MoeStage,
+    Recipe,
+    Stage,
+    TransplantStage,
+)
 from kittybuild.publish.folder import PROVENANCE, shard_names
 
 MERGEKIT = "mergekit_config.yml"
@@ -28,7 +36,7 @@ def folder_texts(
     if recipe.dialect == "mergekit" and len(recipe.stages) == 1:
         moe = isinstance(recipe.stages[stage], MoeStage)
         texts[MERGEKIT_MOE if moe else MERGEKIT] = recipe.text.encode()
-    listed = [file.name for file in manifest.files] + list(texts) + list(shard_names(len(manifest.shards)))
+    listed = [file.name for file in manifest.files] + list(texts) + list(shard_names(manifest))
     if len(manifest.shards) > 1:
         listed.append("model.safetensors.index.json")
     provenance = {
@@ -81,22 +89,21 @@ def card(recipe: Recipe, stage: str, folder: str, methods: Sequence[Method]) -> 
 
 def _needed(recipe: Recipe, wanted: str, name: str) -> bool:
     return name == wanted or any(
-        _needed(recipe, ref.model, name) for ref in recipe.stages[wanted].references() if ref.model in recipe.stages
+        _needed(recipe, part.model, name)
+        for ref in recipe.stages[wanted].references()
+        for part in ref.parts()
+        if part.model in recipe.stages
     )
 
 
 def _models(recipe: Recipe, stage: Stage) -> list[str]:
     """The sources behind a stage, in the order of the text."""
     found: dict[str, None] = {}
-    for ref in stage.references():
+    for ref in [part for named in stage.references() for part in named.parts()]:
         if ref.model in recipe.stages:
             found.update(dict.fromkeys(_models(recipe, recipe.stages[ref.model])))
         else:
-            found[ref.base_text] = None
-        if ref.adapter_text:
-            found[ref.adapter_text] = None
-    if isinstance(stage, ApplyLoraStage):
-        found.update({str(use.adapter): None for use in stage.adapters})
+            found[str(ref)] = None
     return list(found)
 
 
@@ -113,5 +120,11 @@ def _sentence(stage: Stage, methods: Sequence[Method]) -> str:
     if isinstance(stage, MoeStage):
         experts = ", ".join(f"`{expert.model}`" for expert in (*stage.experts, *stage.shared))
         return f"mixture of the experts {experts} in `{stage.base}`, gated by {stage.gate_mode}"
+    if isinstance(stage, ExtractLoraStage):
+        rank = stage.decomposition.rank
+        most = rank.most if rank.exact else f"at most {rank.most}"
+        return f"LoRA of rank {most}: what `{stage.model}` adds to `{stage.base}`"
     added = ", ".join(f"`{use.adapter}` × {use.weight:g}" for use in stage.adapters)
+    if isinstance(stage, MergeAdaptersStage):
+        return f"LoRA of {added}, merged by {stage.method}"
     return f"LoRA {added} on `{stage.base}`"

@@ -11,7 +11,7 @@ from kittybuild.errors import KittybuildError, RecipeError, nearest, raise_all
 from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.lock import REPOSITORY
 from kittybuild.model.method import Catalogue
-from kittybuild.model.recipe import ApplyLoraStage, Output, Recipe, SourceDecl, Stage
+from kittybuild.model.recipe import Output, Recipe, SourceDecl, Stage
 from kittybuild.recipe.merge import Problems
 from kittybuild.recipe.schema import OutputText, RecipeText, SourceText, check
 from kittybuild.recipe.stage import Reading, read_dtypes, read_numerics, read_stage
@@ -172,8 +172,7 @@ def _unused(recipe: Recipe) -> list[str]:
     """Sources that take no part in any stage."""
     named: set[str | None] = set()
     for stage in recipe.stages.values():
-        adapters = [use.adapter for use in stage.adapters] if isinstance(stage, ApplyLoraStage) else []
-        for ref in (*stage.references(), *adapters):
+        for ref in stage.references():
             named |= {ref.model, ref.adapter}
     return [
         f"{decl.at}: no stage names the source {name!r}" for name, decl in recipe.sources.items() if name not in named
@@ -199,7 +198,7 @@ def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
             problems.append(RecipeError("KB112", message, at=str(stage.at), hint=hint))
             done.update(chain)
         elif name not in done:
-            for ref in stage.references():
+            for ref in [part for named in stage.references() for part in named.parts()]:
                 if ref.model in recipe.stages and ref.model not in recipe.sources:
                     visit(ref.model, (*chain, name))
             done.add(name)

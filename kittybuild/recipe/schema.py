@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest
 from kittybuild.recipe.reference import REFERENCES
@@ -178,6 +178,52 @@ class MoeText(_StageText):
     layout: Literal["split", "fused"] = "split"
 
 
+class RankText(_Text):
+    """`rank` of stages that make adapters; a number alone is `most`, of every module."""
+
+    most: Annotated[StrictInt, Field(ge=1)]
+    exact: StrictBool = False
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+Rank = Annotated[RankText, BeforeValidator(lambda rank: {"most": rank, "exact": True} if type(rank) is int else rank)]
+
+
+class ExtractLoraText(_StageText):
+    """An extract_lora stage."""
+
+    kind: Literal["extract_lora"]
+    model: ReferenceText
+    base: ReferenceText
+    rank: Rank
+    svd: Literal["exact", "randomized"] = "exact"
+    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
+    float64: StrictBool = False
+    distribute_scale: StrictBool = True
+    include: list[Words] = Field(default_factory=list)
+    exclude: list[Words] = Field(default_factory=list)
+    embeddings: Literal["lora", "save", "leave"] = "save"
+    others: Literal["save", "leave"] = "save"
+    modules_to_save: list[Words] = Field(default_factory=list)
+    fan_in_fan_out: StrictBool | None = None
+
+
+class MergeAdaptersText(_StageText):
+    """A merge_adapters stage."""
+
+    kind: Literal["merge_adapters"]
+    method: Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"]
+    adapters: Annotated[list[AdapterText], Field(min_length=1)]
+    space: Literal["delta", "factors"] = "delta"
+    density: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rank: Rank | None = None
+    svd: Literal["exact", "randomized"] = "exact"
+    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
+    float64: StrictBool = False
+    distribute_scale: StrictBool = True
+
+
 class SourceText(_Text):
     """A source: one of `path`, `package` + `file`, `hub`."""
 
@@ -216,13 +262,16 @@ class RecipeText(_Text):
     outputs: dict[str, OutputText] = Field(default_factory=dict)
 
 
-STAGE_KINDS: Mapping[str, type[MergeText | ApplyLoraText | TransplantText | MoeText]] = MappingProxyType(
+StageText = MergeText | ApplyLoraText | ExtractLoraText | MergeAdaptersText | TransplantText | MoeText
+STAGE_KINDS: Mapping[str, type[StageText]] = MappingProxyType(
     {
         "merge": MergeText,
         "state_dict": StateDictText,
         "apply_lora": ApplyLoraText,
         "transplant_tokenizer": TransplantText,
         "moe": MoeText,
+        "extract_lora": ExtractLoraText,
+        "merge_adapters": MergeAdaptersText,
     }
 )
 

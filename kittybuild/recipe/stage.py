@@ -1,4 +1,4 @@
-"""From the text of one stage to Stage: what kinds share (dtypes, keep, numerics), apply_lora, transplant_tokenizer."""
+"""From the text of one stage to Stage: what kinds share (dtypes, keep, numerics), and transplant_tokenizer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from typing import Any
 from kittybuild.errors import RecipeError, nearest
 from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.method import Catalogue
-from kittybuild.model.recipe import AdapterUse, ApplyLoraStage, Approximation, Sides, Stage, TransplantStage
+from kittybuild.model.recipe import Approximation, Sides, Stage, TransplantStage
+from kittybuild.recipe.adapters import apply_lora, extract_lora, merge_adapters
 from kittybuild.recipe.merge import Problems, Scope, merge_stage
 from kittybuild.recipe.moe import moe_stage
 from kittybuild.recipe.reference import parse_reference
-from kittybuild.recipe.schema import STAGE_KINDS, ApplyLoraText, MoeText, TransplantText, check
+from kittybuild.recipe.schema import (
+    STAGE_KINDS,
+    ApplyLoraText,
+    ExtractLoraText,
+    MergeAdaptersText,
+    MoeText,
+    TransplantText,
+    check,
+)
 from kittybuild.recipe.yamltext import Document, Path
 from kittybuild.tensors import DType
 
@@ -53,7 +62,11 @@ def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | 
         "at": document.key_at(path) if path else document.at(path),
     }
     if isinstance(form, ApplyLoraText):
-        return _apply_lora(name, form, reading, path, shared)
+        return apply_lora(name, form, document, path, problems, shared)
+    if isinstance(form, ExtractLoraText):
+        return extract_lora(name, form, document, path, problems, shared)
+    if isinstance(form, MergeAdaptersText):
+        return merge_adapters(name, form, document, path, problems, shared)
     if isinstance(form, TransplantText):
         return _transplant(name, form, reading, path, shared)
     if isinstance(form, MoeText):
@@ -62,23 +75,6 @@ def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | 
     scope = Scope(document, path, reading.catalogue, numerics, problems, reading.notes, own, left_out)
     stage = merge_stage(form, scope)
     return replace(stage, name=name, **shared) if stage else None
-
-
-def _apply_lora(
-    name: str, form: ApplyLoraText, reading: Reading, path: Path, shared: Mapping[str, Any]
-) -> ApplyLoraStage | None:
-    document, problems = reading.document, reading.problems
-    base = parse_reference(form.base, document.at((*path, "base")), problems)
-    adapters: list[AdapterUse] = []
-    for index, item in enumerate(form.adapters):
-        here = document.at((*path, "adapters", index))
-        adapter = parse_reference(item.adapter, here, problems)
-        if adapter and adapter.adapter:
-            hint = f"list them one by one: {adapter.base_text} and {adapter.adapter_text}"
-            problems.append(RecipeError("KB111", f"an adapter has no adapter: {adapter}", at=str(here), hint=hint))
-        elif adapter:
-            adapters.append(AdapterUse(adapter, item.weight, here))
-    return ApplyLoraStage(name, base, tuple(adapters), **shared) if base else None
 
 
 def _transplant(

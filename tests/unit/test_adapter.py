@@ -136,7 +136,14 @@ class TestNames:
 
     @pytest.mark.parametrize(
         "name",
-        ["lm_head__weight", "q__lora_magnitude_vector", "wte__lora_embedding_A", "q__lora_A__bias", "lora_A__weight"],
+        [
+            "lm_head__weight",
+            "q__lora_magnitude",
+            "wte__lora_embedding_C",
+            "q__lora_A__bias",
+            "lora_A__weight",
+            "q__bias",
+        ],
     )
     def test_what_is_no_factor_is_refused_by_name(self, tmp_path: Path, name: str) -> None:
         folder = factors(tmp_path / "a", q__lora_A__weight=(2, 4), q__lora_B__weight=(4, 2), **{name: (2, 2)})
@@ -151,11 +158,6 @@ class TestNames:
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
         ({"peft_type": None}, "peft_type None"),
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "bias"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable tokens"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
@@ -164,7 +166,7 @@ class TestNames:
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
-        ({"use_dora": True, "bias": "all"}, "bias, DoRA"),
+        ({"use_qalora": True, "bias": "some"}, "bias 'some', QALoRA"),
     ],
 )
 def test_what_we_cannot_apply_exactly_is_refused_by_name(
@@ -188,7 +190,7 @@ def test_what_changes_nothing_is_taken(base: Path, tmp_path: Path, config: dict[
         ({"q__lora_B__weight": (4, 2)}, "one of lora_A and lora_B is missing"),
         ({"q__lora_A__weight": (2, 4), "q__lora_B__weight": (4, 3)}, "do not fit each other"),
         ({"q__lora_A__weight": (2,), "q__lora_B__weight": (4, 2)}, "do not fit each other"),
-        ({"q__lora_A__weight": (2, 4, 1, 1), "q__lora_B__weight": (4, 2, 1, 1)}, "do not fit each other"),
+        ({"q__lora_A__weight": (2, 4, 3, 3), "q__lora_B__weight": (4, 2, 3, 1)}, "do not fit each other"),
         ({"q__lora_A__weight": (3, 4), "q__lora_B__weight": (4, 3)}, "have rank 3, the config says 2"),
     ],
 )

@@ -267,6 +267,10 @@ def test_the_keys_of_stages_are_those_of_the_schema() -> None:
     assert set(first_words(section(page("transplant.md"), "Options"))) == {*fields, *methods} - STAGE_KEYS
     mixture = {*schema.MoeText.model_fields, *schema.ExpertText.model_fields} - STAGE_KEYS - {"name"}
     assert set(first_words(section(page("moe.md"), "Keys"))) == mixture
+    made = section(page("lora.md"), "extract_lora")
+    assert set(first_words(made)) >= set(schema.ExtractLoraText.model_fields) - STAGE_KEYS
+    merged = section(page("lora.md"), "merge_adapters")
+    assert set(first_words(merged)) >= set(schema.MergeAdaptersText.model_fields) - STAGE_KEYS
     assert set(first_words(section(text, "Dtypes"))) == set(schema.DefaultsText.model_fields)
 
 

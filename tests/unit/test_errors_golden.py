@@ -51,7 +51,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_header(folder / "other", {f"h.{name}": spec for name, spec in llama().items()})
     pico_adapter(folder / "joy", folder / "base", 2)
     pico_adapter(folder / "turned", folder / "base", 3, fan_in_fan_out=True)
-    pico_adapter(folder / "dora", folder / "base", 4, use_dora=True, modules_to_save=["lm_head"])
+    pico_adapter(folder / "dora", folder / "base", 4, use_dora=True)
+    pico_adapter(folder / "mixed", folder / "base", 4, use_qalora=True, target_parameters=["experts"])
     pico_adapter(folder / "rank", folder / "base", 5)
     config = folder / "rank" / "adapter_config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"r": 4', '"r": 8'), encoding="utf-8")

@@ -29,12 +29,4 @@ def _expert(job: Job) -> Combine:
     return combine
 
 
-def _zeros(job: Job) -> Combine:
-    """Zeros. No inputs, no params."""
-    import numpy as np
-
-    return lambda block: np.zeros(block.count, np.float32)
-
-
 EXPERT = Builder("expert", 1, _expert, scratch=12)
-ZEROS = Builder("zeros", 1, _zeros, scratch=1)

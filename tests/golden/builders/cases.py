@@ -129,23 +129,18 @@ def _lora() -> Iterator[Case]:
 
 def digests() -> dict[str, dict[str, str]]:
     """The digest of each case, by builder and name."""
-    from tests.golden.builders import (
+    from tests.golden.builders import (  # they import this
+        cases_adapters,
         cases_differences,
         cases_geometry,
         cases_mixtures,
         cases_tables,
         cases_transplants,
-    )  # they import this
+    )
 
     found: dict[str, dict[str, str]] = {}
-    for case in (
-        *cases(),
-        *cases_differences.cases(),
-        *cases_geometry.cases(),
-        *cases_mixtures.cases(),
-        *cases_tables.cases(),
-        *cases_transplants.cases(),
-    ):
+    more = (cases_differences, cases_geometry, cases_tables, cases_transplants, cases_adapters, cases_mixtures)
+    for case in (*cases(), *(case for module in more for case in module.cases())):
         assert case.name not in found.setdefault(case.builder, {}), case
         found[case.builder][case.name] = case.digest()
     return found

@@ -1,0 +1,104 @@
+"""An adapter of rank 32 extracted from a bfloat16 sibling: kittybuild against mergekit 0.1.5, in turn.
+
+    python -m benchmarks.extract [--mergekit VENV] [--rounds 3] [--folder DIR] [--large]
+
+VENV is a virtual environment with mergekit==0.1.5 (which computes all singular values); without it only kittybuild
+runs, with both of its solvers. Whole processes that read the same warm files; kittybuild begins with a new store. The
+siblings differ by noise, whose singular values are nearly equal: the hardest case for a randomized method. Embeddings,
+head and norms are left out. The last column of the second table: the share of the differences that the adapter keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+from benchmarks.siblings import LLAMA_1B, LLAMA_54M, make_siblings
+from benchmarks.timing import Run, in_turn, run, table
+
+RANK = 32
+RECIPE = """\
+kittybuild: 1
+stages:
+  delta:
+    kind: extract_lora
+    model: {tuned}
+    base: {base}
+    rank: {rank}
+    svd: {svd}
+    include: [self_attn, mlp]
+    out_dtype: bfloat16
+"""
+
+
+def kept(base: str, tuned: str, adapter: str) -> float:
+    """The share of the squared differences of all modules that an adapter keeps, by its factors themselves."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    factors = load_file(os.path.join(adapter, "adapter_model.safetensors"))
+    total = rest = 0.0
+    with (
+        safe_open(os.path.join(base, "model.safetensors"), "pt") as one,
+        safe_open(os.path.join(tuned, "model.safetensors"), "pt") as two,
+    ):
+        for name in factors:
+            module, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.weight")
+            if found:
+                delta = two.get_tensor(f"{module}.weight").float() - one.get_tensor(f"{module}.weight").float()
+                b = factors[name.replace("lora_A", "lora_B")].float()
+                total += float((delta**2).sum())
+                rest += float(((delta - b @ factors[name].float()) ** 2).sum())
+    return 1 - rest / total
+
+
+def main() -> None:
+    """Make the models once, run the tools in turn, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment with mergekit==0.1.5")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", default=os.path.join(tempfile.gettempdir(), "kittybuild-bench"))
+    parser.add_argument("--large", action="store_true", help="1.1B parameters instead of 54M")
+    options = parser.parse_args()
+    size, shape = ("1b", LLAMA_1B) if options.large else ("54m", LLAMA_54M)
+    with ProcessPoolExecutor(1) as maker:  # a child's peak memory counts from its parent's: stay small
+        base, tuned = maker.submit(make_siblings, os.path.join(options.folder, size), shape, 2).result()
+    outs = {name: os.path.join(options.folder, f"extracted-{name}") for name in ("mergekit", "exact", "randomized")}
+
+    def kittybuild(svd: str) -> Callable[[], Run]:
+        config, store = os.path.join(options.folder, f"{svd}.yml"), os.path.join(options.folder, "store-extract")
+        with open(config, "w", encoding="utf-8") as file:
+            file.write(RECIPE.format(tuned=tuned, base=base, rank=RANK, svd=svd))
+
+        def once() -> Run:
+            shutil.rmtree(outs[svd], ignore_errors=True)
+            shutil.rmtree(store, ignore_errors=True)
+            return run(
+                [sys.executable, "-m", "kittybuild", "build", config, "-o", outs[svd], "--store", store, "--json"]
+            )
+
+        return once
+
+    def mergekit() -> Run:
+        shutil.rmtree(outs["mergekit"], ignore_errors=True)
+        tool = os.path.join(options.mergekit, "bin", "mergekit-extract-lora")
+        models = ["--model", tuned, "--base-model", base, "--out-path", outs["mergekit"], "--max-rank", str(RANK)]
+        return run([tool, *models, "-i", "self_attn", "-i", "mlp", "--skip-undecomposable", "--quiet"])
+
+    commands = {"mergekit": mergekit} if options.mergekit else {}
+    commands |= {svd: kittybuild(svd) for svd in ("exact", "randomized")}
+    results = in_turn(commands, options.rounds, [base, tuned])
+    print(table(results, next(iter(results))))
+    with ProcessPoolExecutor(1) as judge:
+        shares = {name: judge.submit(kept, base, tuned, outs[name]).result() for name in results}
+    print(json.dumps({"kept energy": shares}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
