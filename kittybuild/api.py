@@ -27,6 +27,7 @@ from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
+from kittybuild.store.signing import SecretKey
 from kittybuild.store.store import Store
 
 if TYPE_CHECKING:
@@ -249,27 +250,29 @@ def build(
     processes: bool = True,
     events: Events | None = None,
     builders: Builders = BUILTIN,
+    attest: SecretKey | None = None,
 ) -> BuildReport:
     """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept.
 
     `memory`: bytes for all workers; `processes`: each of the `jobs` is a process of its own, else a thread.
+    `attest`: the key that signs an attestation of each folder.
     """
     started = time.monotonic()
     limits = memory, jobs, processes and builders.files is not None  # else no other process could load them
     _pin_fresh(prepared)
     ready = _shortcut(prepared, store)
     if ready:
-        manifests, lock = ready
+        manifests, record = ready
         computed = written = dict.fromkeys(manifests, 0)
         amounts, notes = Moved(), prepared.recipe.notes
     else:
-        manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
+        manifests, record, results, amounts, notes = _run(prepared, store, limits, events, builders)
         computed = {name: result.computed for name, result in results.items()}
         written = {name: result.written for name, result in results.items()}
     stages = {name: _report(manifest, computed[name], store) for name, manifest in manifests.items()}
     outputs = {}
     for name, folder in prepared.folders.items():
-        _publish(prepared, name, manifests, lock, store, builders)
+        _publish(prepared, name, manifests, record, store, builders, attest)
         shards = len(manifests[name].shards)
         outputs[name] = OutputReport(folder, written[name], shards - written[name])
     seconds = time.monotonic() - started
@@ -325,13 +328,14 @@ def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], by
             if any(store.read_file(file.digest) is None for file in manifest.files):
                 return None
         manifests[name] = manifest
-    lock_digest = store.shortcut(_lock_key(prepared))
-    lock = store.read_file(lock_digest) if lock_digest else None
-    return (manifests, lock) if lock is not None else None
+    digest = store.shortcut(_record_key(prepared))
+    record = store.read_file(digest) if digest else None
+    return (manifests, record) if record is not None else None
 
 
-def _lock_key(prepared: Prepared) -> Digest:
-    return tagged("kittybuild.lock.v1", [[name, key.hex] for name, key in prepared.keys.items()])
+def _record_key(prepared: Prepared) -> Digest:
+    """The name of what is known of a build beside its manifests: lock and derivations."""
+    return tagged("kittybuild.record.v1", [[name, key.hex] for name, key in prepared.keys.items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +358,7 @@ def _run(
     from kittybuild.executor.fetch import fetch
     from kittybuild.executor.run import Limits, run
     from kittybuild.planner.fetching import downloads
+    from kittybuild.planner.lineage import lineage
     from kittybuild.publish.companions import companion_files
 
     events = events or Silent()
@@ -371,14 +376,15 @@ def _run(
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
-    store.set_shortcut(_lock_key(prepared), store.put_file(lock))
+    lock = lock_json(pins(known, prepared.decls, prepared.pins), versions())
+    record = canonical({"lock": lock, "derivations": lineage(known)})
+    store.set_shortcut(_record_key(prepared), store.put_file(record))
     for name, key in prepared.keys.items():
         if name in manifests:  # of a stage of which nothing was needed there is none
             store.set_shortcut(key, manifests[name].digest)
     store.drop_salvaged()
     moved = Moved(amounts.read, amounts.written, amounts.workers, fetched)
-    return manifests, lock, results, moved, known.plan.notes
+    return manifests, record, results, moved, known.plan.notes
 
 
 def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
@@ -391,16 +397,27 @@ def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
 
 
 def _publish(
-    prepared: Prepared, name: str, manifests: Mapping[str, Manifest], lock: bytes, store: Store, builders: Builders
+    prepared: Prepared,
+    name: str,
+    manifests: Mapping[str, Manifest],
+    record: bytes,
+    store: Store,
+    builders: Builders,
+    attest: SecretKey | None,
 ) -> None:
+    from kittybuild.publish.attest import attestation
     from kittybuild.publish.folder import publish
+    from kittybuild.publish.provenance import ATTESTATION
     from kittybuild.publish.texts import folder_texts
 
     folder, manifest = prepared.folders[name], manifests[name]
-    texts = folder_texts(prepared.recipe, name, manifest, json.loads(lock), folder, builders.methods())
+    signed = (ATTESTATION,) if attest else ()
+    texts = folder_texts(prepared.recipe, name, manifest, json.loads(record), folder, builders.methods(), signed)
+    if attest:
+        texts[ATTESTATION] = attestation(manifest, texts, store, attest)
     publish(manifest, folder, texts, store)
     # With all that a build with nothing to do looks for.
-    also = [Digest.of(lock), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
+    also = [Digest.of(record), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
     store.set_root(name, folder, manifest.digest, also, os.path.abspath(prepared.recipe.file))
 
 

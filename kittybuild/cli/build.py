@@ -26,6 +26,7 @@ from kittybuild.cli.common import (
 )
 from kittybuild.cli.progress import shown
 from kittybuild.errors import UsageError
+from kittybuild.publish.attest import secret_key
 from kittybuild.store.store import Store
 
 
@@ -59,6 +60,7 @@ def peak_rss() -> int:
 @METHODS
 @OFFLINE
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
+@click.option("--attest", metavar="KEYFILE", help="Sign an attestation of each output with this secret key.")
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @answers
@@ -74,6 +76,7 @@ def command(
     files: tuple[str, ...],
     offline: bool,
     check_model: bool,
+    attest: str | None,
     as_json: bool,
     verbose: bool,
 ) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def command(
             processes=workers == "processes",
             events=events,
             builders=builders,
+            attest=secret_key(attest) if attest else None,
         )
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
     document = {
