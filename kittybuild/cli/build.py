@@ -17,6 +17,8 @@ from kittybuild.cli.common import (
     NUMERICS,
     OFFLINE,
     STORE,
+    WORKERS,
+    Found,
     Size,
     amount,
     answers,
@@ -25,8 +27,9 @@ from kittybuild.cli.common import (
     store_folder,
 )
 from kittybuild.cli.progress import shown
-from kittybuild.errors import UsageError
+from kittybuild.errors import MOST_NAMED, UsageError, VerifyError
 from kittybuild.publish.attest import secret_key
+from kittybuild.reproduce import Limits, rebuilt
 from kittybuild.store.store import Store
 
 
@@ -47,19 +50,12 @@ def peak_rss() -> int:
 @STORE
 @click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
-@click.option(
-    "--workers",
-    type=click.Choice(["processes", "threads"]),
-    default="processes",
-    metavar="KIND",
-    envvar="KITTYBUILD_WORKERS",
-    show_default=True,
-    help="What makes tensors side by side.",
-)
+@WORKERS
 @NUMERICS
 @METHODS
 @OFFLINE
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
+@click.option("--check", is_flag=True, help="Build all of it a second time, in an empty store, and compare.")
 @click.option("--attest", metavar="KEYFILE", help="Sign an attestation of each output with this secret key.")
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
@@ -76,6 +72,7 @@ def command(
     files: tuple[str, ...],
     offline: bool,
     check_model: bool,
+    check: bool,
     attest: str | None,
     as_json: bool,
     verbose: bool,
@@ -97,6 +94,8 @@ def command(
             builders=builders,
             attest=secret_key(attest) if attest else None,
         )
+        limits = Limits(memory, jobs or cores(), workers == "processes")
+        other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events) if check else ()
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
     document = {
         "ok": True,
@@ -113,6 +112,10 @@ def command(
     for name, stage in report.stages.items():
         for tensor, count in stage.nonfinite.items():
             click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
+    if other:
+        message = "built again, these came out otherwise:" + "".join(f"\n  {one}" for one in other[:MOST_NAMED])
+        hint = "look whether the machine computes right; if it does, please report it"
+        raise Found([VerifyError("KB607", message, at=recipe, hint=hint)], {**document, "differences": list(other)})
     return document
 
 
