@@ -27,7 +27,7 @@ from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
-from kittybuild.store.signing import SecretKey
+from kittybuild.store.remote.keys import SigningKey
 from kittybuild.store.store import Store
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def build(
     processes: bool = True,
     events: Events | None = None,
     builders: Builders = BUILTIN,
-    attest: SecretKey | None = None,
+    attest: SigningKey | None = None,
 ) -> BuildReport:
     """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept.
 
@@ -418,7 +418,7 @@ def _publish(
     told: bytes,
     store: Store,
     builders: Builders,
-    attest: SecretKey | None,
+    attest: SigningKey | None,
 ) -> None:
     from kittybuild.publish.attest import attestation
     from kittybuild.publish.folder import publish

@@ -28,8 +28,8 @@ from kittybuild.cli.common import (
 )
 from kittybuild.cli.progress import shown
 from kittybuild.errors import MOST_NAMED, UsageError, VerifyError
-from kittybuild.publish.attest import secret_key
 from kittybuild.reproduce import Limits, rebuilt
+from kittybuild.store.remote.keys import SigningKey
 from kittybuild.store.store import Store
 
 
@@ -56,7 +56,9 @@ def peak_rss() -> int:
 @OFFLINE
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
 @click.option("--check", is_flag=True, help="Build all of it a second time, in an empty store, and compare.")
-@click.option("--attest", metavar="KEYFILE", help="Sign an attestation of each output with this secret key.")
+@click.option(
+    "--attest", metavar="KEYFILE", help="Sign an attestation of each output with this key, as `cache keygen` makes it."
+)
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @answers
@@ -92,7 +94,7 @@ def command(
             processes=workers == "processes",
             events=events,
             builders=builders,
-            attest=secret_key(attest) if attest else None,
+            attest=SigningKey.read(attest) if attest else None,
         )
         limits = Limits(memory, jobs or cores(), workers == "processes")
         other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events) if check else ()

@@ -15,11 +15,11 @@ from typing import Any
 from kittybuild import __version__
 from kittybuild.checkpoint.folder import read_json
 from kittybuild.checkpoint.sources.cached import digests
-from kittybuild.errors import BuildError, SourceError, UsageError, VerifyError
+from kittybuild.errors import BuildError, SourceError, VerifyError
 from kittybuild.model.manifest import Manifest
 from kittybuild.publish.folder import INDEX, PROVENANCE, index_json, shard_names
 from kittybuild.publish.provenance import ATTESTATION, Provenance
-from kittybuild.store.signing import PublicKey, SecretKey
+from kittybuild.store.remote.keys import PublicKey, SigningKey
 from kittybuild.store.store import Store
 
 PAYLOAD = "application/vnd.in-toto+json"
@@ -30,15 +30,15 @@ ROOT = "tensors"
 ROOT_DIGEST = "kittybuild.merkle.v1"
 
 
-def attestation(manifest: Manifest, texts: Mapping[str, bytes], store: Store, key: SecretKey) -> bytes:
+def attestation(manifest: Manifest, texts: Mapping[str, bytes], store: Store, key: SigningKey) -> bytes:
     """The signed statement on the folder that `manifest` and `texts` will make."""
     told = json.loads(texts[PROVENANCE])
     payload = json.dumps(_statement(told, _files(manifest, texts, store), manifest, key), sort_keys=True).encode()
-    signature = key.sign(_dsse(PAYLOAD, payload))
+    signature = key.sign(_dsse(PAYLOAD, payload)).partition(":")[2]
     envelope = {
         "payloadType": PAYLOAD,
         "payload": base64.b64encode(payload).decode(),
-        "signatures": [{"keyid": key.name, "sig": base64.b64encode(signature).decode()}],
+        "signatures": [{"keyid": key.name, "sig": signature}],
     }
     return (json.dumps(envelope, indent=1) + "\n").encode()
 
@@ -70,7 +70,7 @@ def attested(folder: str, said: Provenance, trusted: Sequence[PublicKey]) -> tup
 
 
 def trusted_keys(words: Sequence[str]) -> tuple[PublicKey, ...]:
-    """The public keys that the words are, or that files of these names hold, one a line. Raises UsageError KB014."""
+    """The public keys that the words are, or that files of these names hold, one a line. Raises RemoteError KB804."""
     found = []
     for word in words:
         if os.path.isfile(word):
@@ -81,15 +81,6 @@ def trusted_keys(words: Sequence[str]) -> tuple[PublicKey, ...]:
     return tuple(found)
 
 
-def secret_key(path: str) -> SecretKey:
-    """The secret key in a file. Raises UsageError KB014."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return SecretKey.parse(file.read())
-    except OSError as error:
-        raise UsageError("KB014", f"cannot read the key: {error.strerror}", at=path) from error
-
-
 def _dsse(kind: str, payload: bytes) -> bytes:
     """What DSSE v1 signs: type and payload, each after its length."""
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
@@ -98,8 +89,8 @@ def _dsse(kind: str, payload: bytes) -> bytes:
 def _opened(envelope: Mapping[str, Any], trusted: Sequence[PublicKey]) -> tuple[bytes, tuple[str, ...]]:
     payload = base64.b64decode(envelope["payload"], validate=True)
     signed = _dsse(PAYLOAD, payload)  # a statement of another type is none of ours
-    signatures = [base64.b64decode(one["sig"], validate=True) for one in envelope["signatures"]]
-    return payload, tuple(key.name for key in trusted if any(key.verifies(one, signed) for one in signatures))
+    signatures = [str(one["sig"]) for one in envelope["signatures"]]
+    return payload, tuple(k.name for k in trusted if any(k.signed(signed, f"{k.name}:{one}") for one in signatures))
 
 
 def _about(statement: Mapping[str, Any], folder: str, said: Provenance) -> bool:
@@ -125,7 +116,9 @@ def _files(manifest: Manifest, texts: Mapping[str, bytes], store: Store) -> dict
     return found
 
 
-def _statement(told: Mapping[str, Any], files: Mapping[str, str], manifest: Manifest, key: SecretKey) -> dict[str, Any]:
+def _statement(
+    told: Mapping[str, Any], files: Mapping[str, str], manifest: Manifest, key: SigningKey
+) -> dict[str, Any]:
     subjects: list[dict[str, Any]] = [{"name": name, "digest": {"sha256": files[name]}} for name in sorted(files)]
     lock = told["lock"]
     definition = {

@@ -13,7 +13,7 @@ import pytest
 
 from kittybuild.model import merkle
 from kittybuild.publish.provenance import ATTESTATION, read_provenance
-from kittybuild.store.signing import PublicKey, SecretKey
+from kittybuild.store.remote.keys import PublicKey, SigningKey
 from tests.building import build, linear
 from tests.helpers import load_tensors, pico_llama, run_cli, save_tensors, write_json
 
@@ -40,8 +40,8 @@ def made(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         + "\noutputs:\n  soup: {folder: soup, shard_size: 40KB}\n",
         encoding="utf-8",
     )
-    key = SecretKey.generate("team-1", lambda count: bytes(range(count)))
-    (top / "key").write_text(key.text(), encoding="utf-8")
+    key = SigningKey("team-1", bytes(range(32)))
+    key.write(str(top / "key"))
     (top / "key.pub").write_text(f"{key.public}\n", encoding="utf-8")
     build(recipe, "--store", top / "store", "--attest", top / "key")
     return top
@@ -202,10 +202,10 @@ class TestAttestation:
         kind = envelope["payloadType"].encode()
         signed = b" ".join([b"DSSEv1", str(len(kind)).encode(), kind, str(len(payload)).encode(), payload])
         key = PublicKey.parse((made / "key.pub").read_text())
-        assert key.verifies(base64.b64decode(envelope["signatures"][0]["sig"]), signed)
+        assert key.signed(signed, f"team-1:{envelope['signatures'][0]['sig']}")
 
     def test_another_key_is_not_believed(self, folder: Path) -> None:
-        other = SecretKey.generate("team-1", lambda count: b"x" * count)
+        other = SigningKey("team-1", b"x" * 32)
         fails(folder, "--trusted", str(other.public), code="KB604")
 
     def test_a_changed_payload_is_not_believed(self, made: Path, folder: Path) -> None:
