@@ -55,7 +55,7 @@ def verify(folder: str, said: Provenance) -> Verified:
     known = {*said.digests, *said.shards, *said.listed, PROVENANCE, ATTESTATION}
     others = sorted(said.listed - {*said.digests, *said.shards})
     small += [(MISSING, "file", name) for name in others if not os.path.isfile(os.path.join(folder, name))]
-    extra = [(EXTRA, "file", name) for name in _names(folder) if name not in known]
+    extra = [(EXTRA, "file", name) for name in file_names(folder) if name not in known]
     edited = (CHANGED, "file", README) in small
     found = [*tensors, *(one for one in small if one != (CHANGED, "file", README)), *extra]
     return Verified(len(said.tensors), len(known & {*said.digests, *said.shards}), tuple(found), edited)
@@ -137,7 +137,7 @@ def _small(folder: str, digests: Mapping[str, Digest]) -> Iterator[tuple[str, st
             yield MISSING, "file", name
 
 
-def _names(folder: str) -> Iterator[str]:
+def file_names(folder: str) -> Iterator[str]:
     """The files in a folder and the folders in it, by name; what begins with a dot is left out."""
     for place, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
