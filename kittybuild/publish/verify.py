@@ -62,17 +62,17 @@ def verify(folder: str, said: Provenance) -> Verified:
 
 
 def verify_shard(folder: str, said: Provenance, file: str) -> Verified:
-    """One shard, whatever else of the folder is here. Raises UsageError KB012 for a file that is none."""
+    """One shard, whatever else of the folder is here. Raises UsageError KB016 for a file that is none."""
     if file not in said.shards:
-        raise UsageError("KB012", f"there is no shard {file!r}", at=folder, hint=nearest(file, said.shards))
+        raise UsageError("KB016", f"there is no shard {file!r}", at=folder, hint=nearest(file, said.shards))
     names = said.shards[file]
     return Verified(len(names), 1, tuple(_tensors(folder, said, {file: names})))
 
 
 def verify_tensor(folder: str, said: Provenance, name: str) -> Verified:
-    """One tensor. Raises UsageError KB012 for a name that the manifest does not have."""
+    """One tensor. Raises UsageError KB016 for a name that the manifest does not have."""
     if name not in said.tensors:
-        raise UsageError("KB012", f"there is no tensor {name!r}", at=folder, hint=nearest(name, said.tensors))
+        raise UsageError("KB016", f"there is no tensor {name!r}", at=folder, hint=nearest(name, said.tensors))
     file = next(file for file, names in said.shards.items() if name in names)
     entries = _entries(os.path.join(folder, file))
     if entries is None:

@@ -171,7 +171,7 @@ def test_a_folder_without_a_story(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("option", "word"), [("--shard", "model-00009.safetensors"), ("--tensor", "model.nrm.weight")])
 def test_names_that_are_none(folder: Path, option: str, word: str) -> None:
     status, document = run_cli("verify", folder, option, word)
-    assert (status, document["errors"][0]["code"]) == (2, "KB012")
+    assert (status, document["errors"][0]["code"]) == (2, "KB016")
 
 
 class TestAttestation:
