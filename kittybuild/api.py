@@ -27,7 +27,6 @@ from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
 from kittybuild.recipe.parse import parse_recipe
-from kittybuild.store.remote.keys import SigningKey
 from kittybuild.store.store import Store
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from kittybuild.executor.run import StageResult
     from kittybuild.planner.explain import Explanation
     from kittybuild.planner.known import Known
+    from kittybuild.store.remote.keys import SigningKey
 
 MEMORY = 4_000_000_000
 
@@ -420,15 +420,14 @@ def _publish(
     builders: Builders,
     attest: SigningKey | None,
 ) -> None:
-    from kittybuild.publish.attest import attestation
-    from kittybuild.publish.folder import publish
-    from kittybuild.publish.provenance import ATTESTATION
+    from kittybuild.publish.folder import ATTESTATION, publish
     from kittybuild.publish.texts import folder_texts
 
     folder, manifest = prepared.folders[name], manifests[name]
-    signed = (ATTESTATION,) if attest else ()
-    texts = folder_texts(prepared.recipe, name, manifest, json.loads(told), folder, builders.methods(), signed)
+    texts = folder_texts(prepared.recipe, name, manifest, json.loads(told), folder, builders.methods(), bool(attest))
     if attest:
+        from kittybuild.publish.attest import attestation
+
         texts[ATTESTATION] = attestation(manifest, texts, store, attest)
     publish(manifest, folder, texts, store)
     # With all that a build with nothing to do looks for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,9 +28,10 @@ from kittybuild.cli.common import (
 )
 from kittybuild.cli.progress import shown
 from kittybuild.errors import MOST_NAMED, UsageError, VerifyError
-from kittybuild.reproduce import Limits, rebuilt
-from kittybuild.store.remote.keys import SigningKey
 from kittybuild.store.store import Store
+
+if TYPE_CHECKING:
+    from kittybuild.store.remote.keys import SigningKey
 
 
 def peak_rss() -> int:
@@ -94,10 +95,13 @@ def command(
             processes=workers == "processes",
             events=events,
             builders=builders,
-            attest=SigningKey.read(attest) if attest else None,
+            attest=_key(attest) if attest else None,
         )
-        limits = Limits(memory, jobs or cores(), workers == "processes")
-        other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events) if check else ()
+        if check:
+            from kittybuild.reproduce import Limits, rebuilt
+
+            limits = Limits(memory, jobs or cores(), workers == "processes")
+            other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events)
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
     document = {
         "ok": True,
@@ -114,11 +118,17 @@ def command(
     for name, stage in report.stages.items():
         for tensor, count in stage.nonfinite.items():
             click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
-    if other:
+    if check and other:
         message = "built again, these came out otherwise:" + "".join(f"\n  {one}" for one in other[:MOST_NAMED])
         hint = "look whether the machine computes right; if it does, please report it"
         raise Found([VerifyError("KB607", message, at=recipe, hint=hint)], {**document, "differences": list(other)})
     return document
+
+
+def _key(path: str) -> SigningKey:
+    from kittybuild.store.remote.keys import SigningKey
+
+    return SigningKey.read(path)
 
 
 def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:

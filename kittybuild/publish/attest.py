@@ -17,8 +17,8 @@ from kittybuild.checkpoint.folder import read_json
 from kittybuild.checkpoint.sources.cached import digests
 from kittybuild.errors import BuildError, SourceError, VerifyError
 from kittybuild.model.manifest import Manifest
-from kittybuild.publish.folder import INDEX, PROVENANCE, index_json, shard_names
-from kittybuild.publish.provenance import ATTESTATION, Provenance
+from kittybuild.publish.folder import ATTESTATION, INDEX, PROVENANCE, index_json, shard_names
+from kittybuild.publish.provenance import Provenance
 from kittybuild.store.remote.keys import PublicKey, SigningKey
 from kittybuild.store.store import Store
 

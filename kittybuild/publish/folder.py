@@ -18,6 +18,7 @@ from kittybuild.store.problems import failure
 from kittybuild.store.store import Store
 
 PROVENANCE = "kittybuild.json"
+ATTESTATION = "kittybuild.attestation.json"
 INDEX = "model.safetensors.index.json"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 _SECOND = 1_000_000_000

@@ -15,7 +15,6 @@ from kittybuild.publish.folder import INDEX, PROVENANCE, index_json, shard_names
 from kittybuild.tensors import TensorRef
 
 FORMAT = 2
-ATTESTATION = "kittybuild.attestation.json"
 README = "README.md"
 
 

@@ -19,8 +19,8 @@ from kittybuild.checkpoint.sources.web import Web
 from kittybuild.errors import SourceError, UsageError, VerifyError, nearest
 from kittybuild.model.lock import REPOSITORY, Pin
 from kittybuild.model.recipe import Recipe
-from kittybuild.planner.lower import targets
 from kittybuild.planner.published import CONFIGS, published_class
+from kittybuild.planner.targets import targets
 from kittybuild.publish.folder import PROVENANCE
 from kittybuild.publish.provenance import README, Provenance, read_provenance
 from kittybuild.recipe.parse import parse_recipe

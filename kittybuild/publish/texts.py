@@ -15,7 +15,7 @@ from kittybuild.digest import Digest
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import Method, find
 from kittybuild.model.recipe import ApplyLoraStage, MergeStage, MoeStage, Recipe, Stage, TransplantStage
-from kittybuild.publish.folder import INDEX, PROVENANCE, shard_names
+from kittybuild.publish.folder import ATTESTATION, INDEX, PROVENANCE, shard_names
 
 MERGEKIT = "mergekit_config.yml"
 MERGEKIT_MOE = "mergekit_moe_config.yml"
@@ -28,19 +28,21 @@ def folder_texts(
     record: Mapping[str, Any],
     folder: str,
     methods: Sequence[Method],
-    also: Sequence[str] = (),
+    signed: bool = False,
 ) -> dict[str, bytes]:
     """README.md, the recipe as it was written, and kittybuild.json.
 
-    `record`: the build's lock and derivations. `also`: other files that will be put there.
+    `record`: the build's lock and derivations. `signed`: an attestation will be put there, too.
     """
     texts = {"README.md": card(recipe, stage, folder, methods).encode()}
     if recipe.dialect == "mergekit" and len(recipe.stages) == 1:
         moe = isinstance(recipe.stages[stage], MoeStage)
         texts[MERGEKIT_MOE if moe else MERGEKIT] = recipe.text.encode()
-    listed = [file.name for file in manifest.files] + [*texts, *also] + list(shard_names(len(manifest.shards)))
+    listed = [file.name for file in manifest.files] + list(texts) + list(shard_names(len(manifest.shards)))
     if len(manifest.shards) > 1:
         listed.append(INDEX)
+    if signed:
+        listed.append(ATTESTATION)
     provenance = {
         "kittybuild": __version__,
         "format": 2,

@@ -16,8 +16,8 @@ from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.checkpoint.source import Entry
 from kittybuild.digest import Digest, Json
 from kittybuild.errors import SourceError, UsageError, nearest
-from kittybuild.publish.folder import PROVENANCE
-from kittybuild.publish.provenance import ATTESTATION, README, Provenance
+from kittybuild.publish.folder import ATTESTATION, PROVENANCE
+from kittybuild.publish.provenance import README, Provenance
 from kittybuild.tensors import TensorRef
 
 CHUNK = 4 << 20

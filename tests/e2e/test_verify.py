@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from kittybuild.model import merkle
-from kittybuild.publish.provenance import ATTESTATION, read_provenance
+from kittybuild.publish.folder import ATTESTATION
+from kittybuild.publish.provenance import read_provenance
 from kittybuild.store.remote.keys import PublicKey, SigningKey
 from tests.building import build, linear
 from tests.helpers import load_tensors, pico_llama, run_cli, save_tensors, write_json
