@@ -56,6 +56,7 @@ parity: venv $(VENV)/test-weights.stamp $(PEERS:%=.venv-%/stamp)  ## compare mer
 	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
 	$(BIN)/python -m tests.parity.tokens --mergekit $(MERGEKIT) --write tests/parity/TOKENS.md
 	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
+	$(BIN)/python -m tests.parity.reproduce --mergekit $(MERGEKIT) --write tests/parity/REPRODUCE.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
 	rm -rf $(VENV) $(PEERS:%=.venv-%) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kittybuild.planner.decomposed import Spectra
     from kittybuild.planner.explain import Explanation
     from kittybuild.planner.known import Known
+    from kittybuild.store.remote.keys import SigningKey
 
 MEMORY = 4_000_000_000
 
@@ -138,11 +139,14 @@ def prepare(
     builders: Builders = BUILTIN,
     capability: str | None = None,
     offline: bool = False,
+    places: Mapping[str, str] | None = None,
+    lock: Mapping[str, Pin] | None = None,
 ) -> Prepared:
     """Find the sources and name the outputs. `folder` takes the place of the one output's own.
 
-    Sources on the Hub are what the recipe's lock says; those that it lacks are asked for, unless `offline`.
-    `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told.
+    Sources on the Hub are what the recipe's lock (or `lock`) says; those that it lacks are asked for, unless `offline`.
+    `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told. `places`: where
+    sources lie, whatever the recipe says; raises UsageError KB010 for one that it does not name.
     """
     wanted = targets(recipe, stages)
     here = os.path.dirname(os.path.abspath(recipe.file))
@@ -154,12 +158,15 @@ def prepare(
             )
         folders = {wanted[0]: os.path.abspath(folder)}
     decls = source_names(recipe)
+    for name, path in (places or {}).items():
+        _check_source(recipe, name, decls)
+        decls[name] = SourceDecl(os.path.abspath(path), at=decls[name].at)
     paths = locate(recipe, decls)
     _check_folders(recipe, folders, paths)
     depends = any(by_machine(stage, builders) for stage in recipe.stages.values())
     machine = this_machine(capability) if depends else None
     web = Web(offline=offline)
-    pinned = pinned_sources(decls, paths, read_lock(recipe.file), web)
+    pinned = pinned_sources(decls, paths, read_lock(recipe.file) if lock is None else lock, web)
     prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in pinned.pins.items()}
     keys = stage_keys(recipe, wanted, prints, builders, machine)
     return Prepared(recipe, wanted, folders, decls, paths, keys, pinned.pins, pinned.fresh, web, machine)
@@ -181,8 +188,7 @@ def lock(recipe: Recipe, update: Sequence[str] = (), offline: bool = False) -> L
     """
     decls = source_names(recipe)
     for name in update:
-        if name not in decls:
-            raise UsageError("KB010", f"there is no source {name!r}", at=recipe.file, hint=nearest(name, decls))
+        _check_source(recipe, name, decls)
     before = read_lock(recipe.file)
     after = locked(decls, locate(recipe, decls), before, update, Web(offline=offline))
     changes = {
@@ -191,6 +197,11 @@ def lock(recipe: Recipe, update: Sequence[str] = (), offline: bool = False) -> L
         if before.get(name) != after.get(name)
     }
     return LockReport(write_lock(recipe.file, after), after, changes)
+
+
+def _check_source(recipe: Recipe, name: str, decls: Mapping[str, SourceDecl]) -> None:
+    if name not in decls:
+        raise UsageError("KB010", f"there is no source {name!r}", at=recipe.file, hint=nearest(name, decls))
 
 
 def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[str, str]) -> None:
@@ -259,27 +270,29 @@ def build(
     processes: bool = True,
     events: Events | None = None,
     builders: Builders = BUILTIN,
+    attest: SigningKey | None = None,
 ) -> BuildReport:
     """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept.
 
     `memory`: bytes for all workers; `processes`: each of the `jobs` is a process of its own, else a thread.
+    `attest`: the key that signs an attestation of each folder.
     """
     started = time.monotonic()
     limits = memory, jobs, processes and builders.files is not None  # else no other process could load them
     _pin_fresh(prepared)
     ready = _shortcut(prepared, store)
     if ready:
-        manifests, lock = ready
+        manifests, told = ready
         computed = written = dict.fromkeys(manifests, 0)
         amounts, notes = Moved(), prepared.recipe.notes
     else:
-        manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
+        manifests, told, results, amounts, notes = _run(prepared, store, limits, events, builders)
         computed = {name: result.computed for name, result in results.items()}
         written = {name: result.written for name, result in results.items()}
     stages = {name: _report(manifest, computed[name], store) for name, manifest in manifests.items()}
     outputs = {}
     for name, folder in prepared.folders.items():
-        _publish(prepared, name, manifests, lock, store, builders)
+        _publish(prepared, name, manifests, told, store, builders, attest)
         shards = len(manifests[name].shards)
         outputs[name] = OutputReport(folder, written[name], shards - written[name])
     seconds = time.monotonic() - started
@@ -335,13 +348,19 @@ def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], by
             if any(store.read_file(file.digest) is None for file in manifest.files):
                 return None
         manifests[name] = manifest
-    lock_digest = store.shortcut(_lock_key(prepared))
-    lock = store.read_file(lock_digest) if lock_digest else None
-    return (manifests, lock) if lock is not None else None
+    found = record(prepared, store)
+    return (manifests, found) if found is not None else None
 
 
-def _lock_key(prepared: Prepared) -> Digest:
-    return tagged("kittybuild.lock.v1", [[name, key.hex] for name, key in prepared.keys.items()])
+def record(prepared: Prepared, store: Store) -> bytes | None:
+    """The `lock` and the `derivations` of a finished build, as JSON; None where the store has none."""
+    digest = store.shortcut(_record_key(prepared))
+    return store.read_file(digest) if digest else None
+
+
+def _record_key(prepared: Prepared) -> Digest:
+    """The name of what is known of a build beside its manifests: lock and derivations."""
+    return tagged("kittybuild.record.v1", [[name, key.hex] for name, key in prepared.keys.items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +383,7 @@ def _run(
     from kittybuild.executor.fetch import fetch
     from kittybuild.executor.run import Limits, run
     from kittybuild.planner.fetching import downloads
+    from kittybuild.planner.lineage import lineage
     from kittybuild.planner.lower import only
     from kittybuild.publish.companions import companion_files
     from kittybuild.publish.extraction import extraction_files
@@ -391,14 +411,15 @@ def _run(
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
-    store.set_shortcut(_lock_key(prepared), store.put_file(lock))
+    lock = lock_json(pins(known, prepared.decls, prepared.pins), versions())
+    told = canonical({"lock": lock, "derivations": lineage(known)})
+    store.set_shortcut(_record_key(prepared), store.put_file(told))
     for name, key in prepared.keys.items():
         if name in manifests:  # of a stage of which nothing was needed there is none
             store.set_shortcut(key, manifests[name].digest)
     store.drop_salvaged()
     moved = Moved(amounts.read, amounts.written, amounts.workers, fetched)
-    return manifests, lock, results, moved, known.plan.notes
+    return manifests, told, results, moved, known.plan.notes
 
 
 def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
@@ -411,16 +432,26 @@ def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
 
 
 def _publish(
-    prepared: Prepared, name: str, manifests: Mapping[str, Manifest], lock: bytes, store: Store, builders: Builders
+    prepared: Prepared,
+    name: str,
+    manifests: Mapping[str, Manifest],
+    told: bytes,
+    store: Store,
+    builders: Builders,
+    attest: SigningKey | None,
 ) -> None:
-    from kittybuild.publish.folder import publish
+    from kittybuild.publish.folder import ATTESTATION, publish
     from kittybuild.publish.texts import folder_texts
 
     folder, manifest = prepared.folders[name], manifests[name]
-    texts = folder_texts(prepared.recipe, name, manifest, json.loads(lock), folder, builders.methods())
+    texts = folder_texts(prepared.recipe, name, manifest, json.loads(told), folder, builders.methods(), bool(attest))
+    if attest:
+        from kittybuild.publish.attest import attestation
+
+        texts[ATTESTATION] = attestation(manifest, texts, store, attest)
     publish(manifest, folder, texts, store)
     # With all that a build with nothing to do looks for.
-    also = [Digest.of(lock), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
+    also = [Digest.of(told), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
     store.set_root(name, folder, manifest.digest, also, os.path.abspath(prepared.recipe.file))
 
 
@@ -438,4 +469,5 @@ __all__ = [
     "plan",
     "prepare",
     "read_recipe",
+    "record",
 ]

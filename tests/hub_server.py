@@ -6,6 +6,7 @@ What a test wants to go wrong it says in `faults`; `requests` has what came, `se
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -44,6 +45,7 @@ class Hub:
     fault: Callable[[Request, bytes], int | bytes | tuple[str, int] | None] | None = None
     sizes: dict[str, int] = field(default_factory=dict)  # lies of the API, by file
     sent: int = 0
+    uploaded: dict[str, bytes] = field(default_factory=dict)  # large files that came, by their SHA-256
     url: str = ""
     storage: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -131,6 +133,68 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(match[1], match[2], match[3])
         else:
             self._answer(404)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self._request = Request(self.name, path, None, None)
+        self.hub.requests.append(self._request)
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+        if path == "/api/repos/create":
+            name = f"{lines[0]['organization']}/{lines[0]['name']}"
+            self.hub.push(name, {".gitattributes": b""})
+            self._json({"url": f"{self.hub.url}/{name}"})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
+            modes = [
+                {"path": file["path"], "uploadMode": "lfs" if is_lfs(file["path"]) else "regular"}
+                for file in lines[0]["files"]
+            ]
+            self._json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._json({"transfer": "basic", "objects": [self._wanted(one) for one in lines[0]["objects"]]})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self._commit(match[1], lines)
+        else:
+            self._answer(404)
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self._request = Request(self.name, self.path, None, None)
+        self.hub.requests.append(self._request)
+        fault = self.hub.fault(self._request, data) if self.hub.fault else None
+        if fault is None:
+            assert self.path == f"/upload/{hashlib.sha256(data).hexdigest()}"
+            self.hub.uploaded[self.path.rpartition("/")[2]] = data
+        self._answer(200)
+
+    def _wanted(self, one: dict[str, object]) -> dict[str, object]:
+        """How a large file is to be sent, or nothing where it is there."""
+        if one["oid"] in self.hub.uploaded:
+            return one
+        return {**one, "actions": {"upload": {"href": f"{self.hub.storage}/upload/{one['oid']}", "header": {}}}}
+
+    def _commit(self, repository: str, lines: list[dict[str, dict[str, str]]]) -> None:
+        parent, files = self.hub.repositories[repository][-1]
+        header, files = lines[0]["value"], dict(files)
+        if header.get("parentCommit") not in (None, parent):
+            self._answer(412)
+            return
+        for line in lines[1:]:
+            value = line["value"]
+            match line["key"]:
+                case "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    files[value["path"]] = self.hub.uploaded[value["oid"]]
+                case "deletedFile":
+                    del files[value["path"]]
+        commit = self.hub.push(repository, files)
+        self._json({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repository}/commit/{commit}"})
+
+    def _json(self, value: object) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _api(self, repository: str, revision: str) -> None:
         if to := self.hub.renamed.get(repository):

@@ -25,6 +25,7 @@ LAYERS = (
     "publish",
     "search report",
     "api",
+    "reproduce",
     "cli testing",
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer.split()}

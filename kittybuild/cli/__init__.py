@@ -16,7 +16,9 @@ _SELDOM = (
     10,
     10,
 )  # what torch makes at its start is kept: looking through it again and again costs half a second
-_COMMANDS = MappingProxyType({"build": "build", "plan": "plan", "lock": "lock", "methods": "methods", "store": "store"})
+_COMMANDS = MappingProxyType(
+    {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store")}
+)
 
 
 class _Lazy(click.Group):

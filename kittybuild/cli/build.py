@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,8 @@ from kittybuild.cli.common import (
     NUMERICS,
     OFFLINE,
     STORE,
+    WORKERS,
+    Found,
     Size,
     amount,
     answers,
@@ -25,8 +27,11 @@ from kittybuild.cli.common import (
     store_folder,
 )
 from kittybuild.cli.progress import shown
-from kittybuild.errors import UsageError
+from kittybuild.errors import MOST_NAMED, UsageError, VerifyError
 from kittybuild.store.store import Store
+
+if TYPE_CHECKING:
+    from kittybuild.store.remote.keys import SigningKey
 
 
 def peak_rss() -> int:
@@ -46,19 +51,15 @@ def peak_rss() -> int:
 @STORE
 @click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
-@click.option(
-    "--workers",
-    type=click.Choice(["processes", "threads"]),
-    default="processes",
-    metavar="KIND",
-    envvar="KITTYBUILD_WORKERS",
-    show_default=True,
-    help="What makes tensors side by side.",
-)
+@WORKERS
 @NUMERICS
 @METHODS
 @OFFLINE
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
+@click.option("--check", is_flag=True, help="Build all of it a second time, in an empty store, and compare.")
+@click.option(
+    "--attest", metavar="KEYFILE", help="Sign an attestation of each output with this key, as `cache keygen` makes it."
+)
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @answers
@@ -74,6 +75,8 @@ def command(
     files: tuple[str, ...],
     offline: bool,
     check_model: bool,
+    check: bool,
+    attest: str | None,
     as_json: bool,
     verbose: bool,
 ) -> dict[str, Any]:
@@ -92,7 +95,13 @@ def command(
             processes=workers == "processes",
             events=events,
             builders=builders,
+            attest=_key(attest) if attest else None,
         )
+        if check:
+            from kittybuild.reproduce import Limits, rebuilt
+
+            limits = Limits(memory, jobs or cores(), workers == "processes")
+            other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events)
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
     document = {
         "ok": True,
@@ -109,7 +118,17 @@ def command(
     for name, stage in report.stages.items():
         for tensor, count in stage.nonfinite.items():
             click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
+    if check and other:
+        message = "built again, these came out otherwise:" + "".join(f"\n  {one}" for one in other[:MOST_NAMED])
+        hint = "look whether the machine computes right; if it does, please report it"
+        raise Found([VerifyError("KB607", message, at=recipe, hint=hint)], {**document, "differences": list(other)})
     return document
+
+
+def _key(path: str) -> SigningKey:
+    from kittybuild.store.remote.keys import SigningKey
+
+    return SigningKey.read(path)
 
 
 def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:

@@ -55,6 +55,15 @@ METHODS = click.option(
     "--methods", "files", metavar="FILE", multiple=True, help="A Python file with merge methods; may be given again."
 )
 OFFLINE = click.option("--offline", is_flag=True, help="Never connect: what is not on this machine is an error.")
+WORKERS = click.option(
+    "--workers",
+    type=click.Choice(["processes", "threads"]),
+    default="processes",
+    metavar="KIND",
+    envvar="KITTYBUILD_WORKERS",
+    show_default=True,
+    help="What makes tensors side by side.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 
 from kittybuild.digest import Digest, Json, canonical, tagged
+from kittybuild.model import merkle
 from kittybuild.tensors import TensorRef
 
 
@@ -80,6 +81,11 @@ class Manifest:
     def digest(self) -> Digest:
         """The manifest's name."""
         return Digest.of(self.to_bytes())
+
+    @property
+    def root(self) -> Digest:
+        """The Merkle root over its tensors."""
+        return merkle.root({tensor.name: tensor.ref for tensor in self.tensors})
 
 
 def pack_digest(tensors: tuple[tuple[str, TensorRef], ...]) -> Digest:

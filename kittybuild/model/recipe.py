@@ -446,7 +446,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole recipe. `text` is what was read, word for word; `dialect` says in whose words."""
+    """The whole recipe. `text` is what was read, word for word; `dialect` says in whose words.
+
+    `numerics`: the class of the stages that name none, where somebody chose one in place of the text's own.
+    """
 
     name: str
     sources: Mapping[str, SourceDecl]
@@ -457,6 +460,7 @@ class Recipe:
     dialect: Literal["kittybuild", "mergekit"] = "kittybuild"
     seed: int = 0
     notes: tuple[str, ...] = ()
+    numerics: str | None = None
 
 
 def to_json(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from kittybuild.checkpoint.folder import INDEX, read_json
 from kittybuild.errors import SourceError
 
-_CONFIGS = ("mergekit_config.yml", "mergekitty_config.yml")
+CONFIGS = ("mergekit_config.yml", "mergekitty_config.yml")
 _MERGEKITTY = "mergekitty-0.3"
 """mergekitty writes one constant for all its versions: this is the only one that we know the arithmetic of."""
 
@@ -19,7 +19,7 @@ def published_class(recipe: str, classes: Collection[str]) -> tuple[str | None, 
     Only a file that the peers write beside their models is looked at.
     """
     folder, name = os.path.split(os.path.abspath(recipe))
-    if name not in _CONFIGS:
+    if name not in CONFIGS:
         return None, None
     try:
         metadata = (read_json(os.path.join(folder, INDEX)) or {}).get("metadata")

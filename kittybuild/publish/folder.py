@@ -19,6 +19,8 @@ from kittybuild.store.problems import failure
 from kittybuild.store.store import Store
 
 PROVENANCE = "kittybuild.json"
+ATTESTATION = "kittybuild.attestation.json"
+INDEX = "model.safetensors.index.json"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 _SECOND = 1_000_000_000
 
@@ -72,7 +74,7 @@ def _files(manifest: Manifest, texts: Mapping[str, bytes], store: Store) -> dict
             raise BuildError("KB506", f"the store has lost the companion file {file.name}", hint="build again")
         found[file.name] = data
     if len(manifest.shards) > 1:
-        found["model.safetensors.index.json"] = index_json(manifest)
+        found[INDEX] = index_json(manifest)
     return {**found, **texts}
 
 

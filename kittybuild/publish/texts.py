@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kittybuild import __version__
+from kittybuild.digest import Digest
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import Method, find
 from kittybuild.model.recipe import (
@@ -22,32 +23,46 @@ from kittybuild.model.recipe import (
     Stage,
     TransplantStage,
 )
-from kittybuild.publish.folder import PROVENANCE, shard_names
+from kittybuild.publish.folder import ATTESTATION, INDEX, PROVENANCE, shard_names
 
 MERGEKIT = "mergekit_config.yml"
 MERGEKIT_MOE = "mergekit_moe_config.yml"
 
 
 def folder_texts(
-    recipe: Recipe, stage: str, manifest: Manifest, lock: Mapping[str, Any], folder: str, methods: Sequence[Method]
+    recipe: Recipe,
+    stage: str,
+    manifest: Manifest,
+    record: Mapping[str, Any],
+    folder: str,
+    methods: Sequence[Method],
+    signed: bool = False,
 ) -> dict[str, bytes]:
-    """README.md, the recipe as it was written, and kittybuild.json."""
+    """README.md, the recipe as it was written, and kittybuild.json.
+
+    `record`: the build's lock and derivations. `signed`: an attestation will be put there, too.
+    """
     texts = {"README.md": card(recipe, stage, folder, methods).encode()}
     if recipe.dialect == "mergekit" and len(recipe.stages) == 1:
         moe = isinstance(recipe.stages[stage], MoeStage)
         texts[MERGEKIT_MOE if moe else MERGEKIT] = recipe.text.encode()
     listed = [file.name for file in manifest.files] + list(texts) + list(shard_names(manifest))
     if len(manifest.shards) > 1:
-        listed.append("model.safetensors.index.json")
+        listed.append(INDEX)
+    if signed:
+        listed.append(ATTESTATION)
     provenance = {
         "kittybuild": __version__,
-        "format": 1,
+        "format": 2,
         "stage": stage,
+        "root": manifest.root.hex,
         "manifest_digest": manifest.digest.hex,
         "files": sorted([*listed, PROVENANCE]),
-        "recipe": {"dialect": recipe.dialect, "text": recipe.text},
-        "lock": lock,
+        "texts": {name: Digest.of(text).hex for name, text in texts.items()},
+        "recipe": {"dialect": recipe.dialect, "numerics": recipe.numerics, "text": recipe.text},
+        "lock": record["lock"],
         "manifest": json.loads(manifest.to_bytes()),
+        "derivations": record["derivations"],
     }
     texts[PROVENANCE] = (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode()
     return texts

@@ -52,7 +52,7 @@ def parse_recipe(text: str, file: str, catalogue: Catalogue, numerics: str | Non
     recipe = _own(readings[0], text, given=numerics) if own else _mergekit(readings, text)
     if recipe:
         _check_references(recipe, problems)
-        recipe = replace(recipe, notes=(*recipe.notes, *_unused(recipe)))
+        recipe = replace(recipe, notes=(*recipe.notes, *_unused(recipe)), numerics=numerics)
     raise_all(sorted(problems, key=_place))
     assert recipe is not None  # without problems there is one
     return recipe

@@ -246,7 +246,7 @@ class TestFolder:
         assert set(story["files"]) == names | ours
         assert story["manifest_digest"] == manifest_of(answer)
         assert story["stage"] == "merge"
-        assert story["recipe"] == {"dialect": "mergekit", "text": Path(recipe).read_text()}
+        assert story["recipe"] == {"dialect": "mergekit", "numerics": None, "text": Path(recipe).read_text()}
         assert {tensor[0] for tensor in story["manifest"]["tensors"]} == set(load_tensors(out))
         assert all(Digest(tensor[-1]) for tensor in story["manifest"]["tensors"])
         assert {name for name, _, _ in story["manifest"]["files"]} == names

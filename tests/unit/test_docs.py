@@ -148,7 +148,7 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
     text = page("commands.md").partition("\n## JSON\n")[2].partition("\n## ")[0]
     examples = [(match[1], match[2]) for match in FENCE.finditer(text) if match[1] in ("console", "json")]
     pairs = [(a[1], b[1]) for a, b in pairwise(examples) if (a[0], b[0]) == ("console", "json")]
-    assert len(pairs) == 8
+    assert len(pairs) == 10
     for line, document in pairs:
         _, found = run_cli(*shlex.split(line)[2:-1])
         assert shape(found) == shape(json.loads(document)), line
@@ -157,7 +157,20 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 # ---- commands.md
 
 
-COMMANDS = ("build", "plan", "lock", "methods", "store info", "store roots", "store gc", "store check", "store repair")
+COMMANDS = (
+    "build",
+    "plan",
+    "lock",
+    "verify",
+    "reproduce",
+    "publish",
+    "methods",
+    "store info",
+    "store roots",
+    "store gc",
+    "store check",
+    "store repair",
+)
 
 
 def option_words(option: click.Option) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,12 @@ class Web:
     def info(self, repository: str, revision: str | None) -> Any:
         """What the Hub says of a repository at a revision, its files with sizes and digests. Raises SourceError."""
         what = f"{repository}@{revision}" if revision else repository
+        return self.ask(
+            what, lambda api: api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
+        )
+
+    def ask(self, what: str, question: Callable[[Any], Any]) -> Any:
+        """What `question` answers, given the client's HfApi; what may pass is asked again. Raises SourceError."""
         self._need(what)
         from huggingface_hub import HfApi
 
@@ -63,7 +69,7 @@ class Web:
         while True:
             try:
                 with _told(what):
-                    return api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
+                    return question(api)
             except _Again as again:
                 failures += 1
                 self._wait(again, failures)
