@@ -261,7 +261,7 @@ def build(
     if ready:
         manifests, lock = ready
         computed = written = dict.fromkeys(manifests, 0)
-        amounts, notes = Moved(), prepared.recipe.notes
+        amounts, notes = Moved(), (*prepared.recipe.notes, *_ignored(prepared.recipe, lock))
     else:
         manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
         computed = {name: result.computed for name, result in results.items()}
@@ -330,6 +330,16 @@ def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], by
     return (manifests, lock) if lock is not None else None
 
 
+def _ignored(recipe: Recipe, lock: bytes) -> list[str]:
+    """What an equal build said of the tensors that it left out."""
+    found = json.loads(lock).get("ignored")
+    if not found:
+        return []
+    from kittybuild.planner.fitting import ignored_notes
+
+    return [note for name, rules in found.items() for note in ignored_notes(recipe.stages[name].at, rules)]
+
+
 def _lock_key(prepared: Prepared) -> Digest:
     return tagged("kittybuild.lock.v1", [[name, key.hex] for name, key in prepared.keys.items()])
 
@@ -371,7 +381,8 @@ def _run(
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
+    ignored = {name: stage.ignored for name, stage in known.plan.stages.items()}
+    lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions(), ignored))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))
     for name, key in prepared.keys.items():
         if name in manifests:  # of a stage of which nothing was needed there is none
