@@ -26,7 +26,7 @@ from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
-from kittybuild.recipe.parse import parse_recipe
+from kittybuild.recipe.parse import parse_partly
 from kittybuild.store.store import Store
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class Prepared:
 
 
 def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
-    """The recipe in a file. Raises UsageError, RecipeError or Problems.
+    """The recipe in a file. Raises UsageError, RecipeError or Problems; with those of the text come those that the
+    sources of its sound stages have.
 
     `numerics`: the class of arithmetic of stages that name none; left out, it is the recipe's, or for the recipe of a
     published merge the one that made it.
@@ -122,12 +123,22 @@ def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = 
         raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
     try:
         with open(file, encoding="utf-8") as text:
-            recipe = parse_recipe(text.read(), file, builders.catalogue(), numerics)
-            return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+            recipe, problems = parse_partly(text.read(), file, builders.catalogue(), numerics)
     except OSError as error:
         raise RecipeError("KB100", f"cannot read the recipe: {error.strerror}", at=file) from error
     except UnicodeDecodeError as error:
         raise RecipeError("KB100", "the recipe is not UTF-8 text", at=file, hint="save it as UTF-8") from error
+    if problems:
+        _raise_with_the_rest(problems, recipe, builders)
+    assert recipe is not None  # without problems there is one
+    return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+
+
+def _raise_with_the_rest(problems: list[KittybuildError], recipe: Recipe | None, builders: Builders) -> None:
+    """Raise these problems of a recipe, and all others that can be told already."""
+    from kittybuild.planner.problems import all_problems
+
+    raise_all(all_problems(problems, recipe, builders))
 
 
 def prepare(
@@ -153,12 +164,16 @@ def prepare(
             )
         folders = {wanted[0]: os.path.abspath(folder)}
     decls = source_names(recipe)
-    paths = locate(recipe, decls)
-    _check_folders(recipe, folders, paths)
+    web = Web(offline=offline)
+    try:
+        paths = locate(recipe, decls)
+        _check_folders(recipe, folders, paths)
+        pinned = pinned_sources(decls, paths, read_lock(recipe.file), web)
+    except KittybuildError as error:
+        _raise_with_the_rest([error], recipe, builders)
+        raise
     depends = any(by_machine(stage, builders) for stage in recipe.stages.values())
     machine = this_machine(capability) if depends else None
-    web = Web(offline=offline)
-    pinned = pinned_sources(decls, paths, read_lock(recipe.file), web)
     prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in pinned.pins.items()}
     keys = stage_keys(recipe, wanted, prints, builders, machine)
     return Prepared(recipe, wanted, folders, decls, paths, keys, pinned.pins, pinned.fresh, web, machine)
@@ -210,7 +225,11 @@ def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) 
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
     from kittybuild.planner.lower import lower
 
-    sources = open_all(prepared.paths, prepared.pins, prepared.web)
+    try:
+        sources = open_all(prepared.paths, prepared.pins, prepared.web)
+    except KittybuildError as error:
+        _raise_with_the_rest([error], prepared.recipe, builders)
+        raise
     made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
     unpinned = tuple(
         f"{prepared.decls[name].at}: {name} was not in the lock: commit {prepared.pins[name].facts['commit']}"
