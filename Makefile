@@ -57,6 +57,7 @@ bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and 
 parity: venv $(VENV)/test-weights.stamp $(PEERS:%=.venv-%/stamp)  ## compare merges with mergekit and mergekitty (30 minutes)
 	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
 	$(BIN)/python -m tests.parity.tokens --mergekit $(MERGEKIT) --write tests/parity/TOKENS.md
+	$(BIN)/python -m tests.parity.real_models --mergekit $(MERGEKIT)
 	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
