@@ -26,7 +26,7 @@ from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
 from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
-from kittybuild.recipe.parse import parse_recipe
+from kittybuild.recipe.parse import parse_partly
 from kittybuild.store.store import Store
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Prepared:
 
 
 def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
-    """The recipe in a file. Raises UsageError, RecipeError or Problems.
+    """The recipe in a file. Raises UsageError, RecipeError or Problems; with those of the text come those that the
+    sources of its sound stages have.
 
     `numerics`: the class of arithmetic of stages that name none; left out, it is the recipe's, or for the recipe of a
     published merge the one that made it.
@@ -124,12 +125,22 @@ def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = 
         raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
     try:
         with open(file, encoding="utf-8") as text:
-            recipe = parse_recipe(text.read(), file, builders.catalogue(), numerics)
-            return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+            recipe, problems = parse_partly(text.read(), file, builders.catalogue(), numerics)
     except OSError as error:
         raise RecipeError("KB100", f"cannot read the recipe: {error.strerror}", at=file) from error
     except UnicodeDecodeError as error:
         raise RecipeError("KB100", "the recipe is not UTF-8 text", at=file, hint="save it as UTF-8") from error
+    if problems:
+        _raise_with_the_rest(problems, recipe, builders)
+    assert recipe is not None  # without problems there is one
+    return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+
+
+def _raise_with_the_rest(problems: list[KittybuildError], recipe: Recipe | None, builders: Builders) -> None:
+    """Raise these problems of a recipe, and all others that can be told already."""
+    from kittybuild.planner.problems import all_problems
+
+    raise_all(all_problems(problems, recipe, builders))
 
 
 def prepare(
@@ -161,12 +172,16 @@ def prepare(
     for name, path in (places or {}).items():
         _check_source(recipe, name, decls)
         decls[name] = SourceDecl(os.path.abspath(path), at=decls[name].at)
-    paths = locate(recipe, decls)
-    _check_folders(recipe, folders, paths)
+    web = Web(offline=offline)
+    try:
+        paths = locate(recipe, decls)
+        _check_folders(recipe, folders, paths)
+        pinned = pinned_sources(decls, paths, read_lock(recipe.file) if lock is None else lock, web)
+    except KittybuildError as error:
+        _raise_with_the_rest([error], recipe, builders)
+        raise
     depends = any(by_machine(stage, builders) for stage in recipe.stages.values())
     machine = this_machine(capability) if depends else None
-    web = Web(offline=offline)
-    pinned = pinned_sources(decls, paths, read_lock(recipe.file) if lock is None else lock, web)
     prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in pinned.pins.items()}
     keys = stage_keys(recipe, wanted, prints, builders, machine)
     return Prepared(recipe, wanted, folders, decls, paths, keys, pinned.pins, pinned.fresh, web, machine)
@@ -222,7 +237,11 @@ def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) 
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
     from kittybuild.planner.spectra import known_spectra
 
-    sources = open_all(prepared.paths, prepared.pins, prepared.web)
+    try:
+        sources = open_all(prepared.paths, prepared.pins, prepared.web)
+    except KittybuildError as error:
+        _raise_with_the_rest([error], prepared.recipe, builders)
+        raise
     known = _lowered(prepared, sources, store, builders, {})
     if known.plan.open and (spectra := known_spectra(known, known.plan.open)) is not None:
         known = _lowered(prepared, sources, store, builders, spectra)
@@ -284,7 +303,7 @@ def build(
     if ready:
         manifests, told = ready
         computed = written = dict.fromkeys(manifests, 0)
-        amounts, notes = Moved(), prepared.recipe.notes
+        amounts, notes = Moved(), (*prepared.recipe.notes, *_ignored(prepared.recipe, told))
     else:
         manifests, told, results, amounts, notes = _run(prepared, store, limits, events, builders)
         computed = {name: result.computed for name, result in results.items()}
@@ -363,6 +382,16 @@ def _record_key(prepared: Prepared) -> Digest:
     return tagged("kittybuild.record.v1", [[name, key.hex] for name, key in prepared.keys.items()])
 
 
+def _ignored(recipe: Recipe, told: bytes) -> list[str]:
+    """What an equal build said of the tensors that it left out."""
+    found = json.loads(told)["lock"].get("ignored")
+    if not found:
+        return []
+    from kittybuild.planner.fitting import ignored_notes
+
+    return [note for name, rules in found.items() for note in ignored_notes(recipe.stages[name].at, rules)]
+
+
 @dataclass(frozen=True, slots=True)
 class Moved:
     """Bytes read, written and fetched, and the most memory that workers took."""
@@ -411,7 +440,8 @@ def _run(
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = lock_json(pins(known, prepared.decls, prepared.pins), versions())
+    ignored = {name: stage.ignored for name, stage in known.plan.stages.items()}
+    lock = lock_json(pins(known, prepared.decls, prepared.pins), versions(), ignored)
     told = canonical({"lock": lock, "derivations": lineage(known)})
     store.set_shortcut(_record_key(prepared), store.put_file(told))
     for name, key in prepared.keys.items():

@@ -122,6 +122,11 @@ def raise_all(errors: Collection[KittybuildError]) -> None:
         raise Problems(errors)
 
 
+def each(error: KittybuildError) -> tuple[KittybuildError, ...]:
+    """The error, or those that it holds."""
+    return error.errors if isinstance(error, Problems) else (error,)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known word, or else all of them (the first, if they are many)."""
     words = sorted(set(known))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kittybuild.digest import Digest, Json, tagged
+from kittybuild.model.plan import Ignored
 
 WORDS = ("hub", "revision", "path", "package", "file")
 FACTS = ("commit", "repository", "version")
@@ -107,9 +108,16 @@ def _file(name: Any, known: Any) -> FilePin:
     raise ValueError(f"the file {name!r:.80} has no size and digests")
 
 
-def lock_json(pins: Mapping[str, Pin], versions: Mapping[str, str]) -> Json:
-    """All pins by the names of their sources, and the versions of what built with them."""
-    return {"format": 2, "sources": {name: pin.to_json() for name, pin in pins.items()}, "versions": dict(versions)}
+def lock_json(pins: Mapping[str, Pin], versions: Mapping[str, str], ignored: Mapping[str, Ignored]) -> Json:
+    """All pins by the names of their sources, the versions of what built with them, and for each stage that left
+    tensors out what these are."""
+    left_out = {
+        stage: {rule: {model: list(names) for model, names in models.items()} for rule, models in rules.items()}
+        for stage, rules in ignored.items()
+        if rules
+    }
+    sources = {name: pin.to_json() for name, pin in pins.items()}
+    return {"format": 2, "sources": sources, "versions": dict(versions), **({"ignored": left_out} if left_out else {})}
 
 
 def lock_text(pins: Mapping[str, Pin]) -> str:

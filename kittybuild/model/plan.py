@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kittybuild.model.derivation import Derivation, Input, StageTensor, Step
 
 ADAPTER_CONFIG = "adapter_config.json"
+Ignored = Mapping[str, Mapping[str, Sequence[str]]]
+"""Names of tensors that are left out: by the pattern of `ignore`, then by the model."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class StagePlan:
     `files`: companion files that it has otherwise than the donor (None: not at all).
     `shards`: the names of each shard, for a stage that becomes an output or is asked for by name; else empty.
     `keep`: whether computed tensors are kept in packs (False: made in memory when a consumer needs them). `allow_nan`:
-    NaN and infinity among them are no error. `files`: companion files in place of the donor's; None: left out.
+    NaN and infinity among them are no error. `ignored`: what the recipe has it leave out.
     """
 
     name: str
@@ -31,6 +33,7 @@ class StagePlan:
     keep: bool = True
     allow_nan: bool = False
     files: Mapping[str, bytes | None] = field(default_factory=dict)
+    ignored: Ignored = field(default_factory=dict)
 
     @property
     def adapter(self) -> bool:

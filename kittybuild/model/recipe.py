@@ -6,7 +6,7 @@ Positions (`at`) are for messages only: they take no part in equality and never 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -461,6 +461,23 @@ class Recipe:
     seed: int = 0
     notes: tuple[str, ...] = ()
     numerics: str | None = None
+
+    def without(self, broken: Collection[str]) -> Recipe:
+        """The recipe without these stages and sources, and without the stages that need them."""
+        gone = set(broken)
+        while more := {name for name, stage in self.stages.items() if name not in gone and gone & names_in(stage)}:
+            gone |= more
+        stages = {name: stage for name, stage in self.stages.items() if name not in gone}
+        outputs = {name: output for name, output in self.outputs.items() if name in stages}
+        return dataclasses.replace(self, stages=stages, outputs=outputs)
+
+
+def names_in(stage: Stage) -> set[str]:
+    """What a stage calls its models and adapters, with and without their revisions."""
+    found = set[str | None]()
+    for ref in stage.references():
+        found |= {ref.model, ref.base_text, ref.adapter, ref.adapter_text}
+    return {name for name in found if name}
 
 
 def to_json(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kittybuild.builders.base import Builders
@@ -38,19 +38,21 @@ class StageEstimate:
 class Estimate:
     """A whole build. Where contents are unknown it assumes the most: that all that hangs on them is computed.
 
-    `download`: bytes that come over the network.
+    `download`: bytes that come over the network. `quantized`: how many tensors of a source are stored in each quantized
+    type.
     """
 
     stages: Mapping[str, StageEstimate]
     peak_memory: int
     notes: tuple[str, ...]
     download: int = 0
+    quantized: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As `plan --json` prints it."""
         stages = {name: asdict(stage) for name, stage in self.stages.items()}
         rest = {"peak_memory": self.peak_memory, "download": self.download, "notes": list(self.notes)}
-        return {"stages": stages, **rest}
+        return {"stages": stages, **rest, "quantized": {name: dict(types) for name, types in self.quantized.items()}}
 
 
 def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Estimate:
@@ -59,7 +61,9 @@ def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Est
     stages = {work.stage.name: _stage(work, known) for work in works}
     computes = any(stage.computed or stage.copied for stage in stages.values())
     peak = min(memory, RUNTIME + jobs * BLOCKS + _largest_whole(known, works, builders)) if computes else 60_000_000
-    return Estimate(stages, peak, known.plan.notes, sum(each.missing for each in downloads(known)))
+    missing = sum(each.missing for each in downloads(known))
+    quantized = {name: found for name, one in known.sources.checkpoints.items() if (found := one.quantized)}
+    return Estimate(stages, peak, known.plan.notes, missing, quantized)
 
 
 def _stage(work: StageWork, known: Known) -> StageEstimate:

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from kittybuild.builders.base import Builders
 from kittybuild.model.derivation import Derivation, Input
-from kittybuild.model.recipe import MergeStage, ModelUse
+from kittybuild.model.plan import Ignored
+from kittybuild.model.recipe import At, MergeStage, ModelUse
 from kittybuild.planner.experts import Layout, layout_like
 from kittybuild.planner.merge_report import counted, listed
 from kittybuild.planner.names import natural
@@ -78,17 +79,12 @@ class Fitting:
         return replace(view, tensors=self._kept(view.label, tensors))
 
     def _kept(self, label: str, tensors: dict[str, Input]) -> dict[str, Input]:
-        gone = []
-        for index, (_, takes) in enumerate(self._ignored):
-            taken = [name for name in tensors if takes(name, None)]
+        for index, (item, takes) in enumerate(self._ignored):
+            taken = {name for name in tensors if takes(name, None)}
             if taken:
                 self._used.add(index)
-            gone += taken
-            tensors = {name: given for name, given in tensors.items() if name not in set(taken)}
-        if gone:
-            shown = listed(sorted(gone, key=natural))
-            text = f"{self.stage.at}: 'ignore' leaves out {counted(len(gone), 'tensor')} of {label}:{shown}"
-            self.findings.notes.append(text)
+                self.findings.ignored.setdefault(item.filter or "*", {})[label] = sorted(taken, key=natural)
+            tensors = {name: given for name, given in tensors.items() if name not in taken}
         return tensors
 
     def _fitted(self, view: View) -> View:
@@ -126,6 +122,18 @@ class Fitting:
         note = f"{self.stage.at}: {text}"
         if note not in self.findings.notes:
             self.findings.notes.append(note)
+
+
+def ignored_notes(at: At, ignored: Ignored) -> list[str]:
+    """What is said of the tensors that a stage's `ignore` leaves out, model by model."""
+    gone: dict[str, set[str]] = {}
+    for models in ignored.values():
+        for label, names in models.items():
+            gone.setdefault(label, set()).update(names)
+    return [
+        f"{at}: 'ignore' leaves out {counted(len(names), 'tensor')} of {label}:{listed(sorted(names, key=natural))}"
+        for label, names in gone.items()
+    ]
 
 
 def _key(use: ModelUse) -> tuple[str, str, str]:

@@ -27,6 +27,7 @@ from kittybuild.model.recipe import (
 from kittybuild.planner.config import with_dtype
 from kittybuild.planner.decomposed import Decomposed, Spectra
 from kittybuild.planner.files import GENERATION, TOKENIZER_FILES, ModelFiles
+from kittybuild.planner.fitting import ignored_notes
 from kittybuild.planner.lower_adapters import AdaptersLowering
 from kittybuild.planner.lower_extract import ExtractLowering
 from kittybuild.planner.lower_lora import Applied, LoraLowering
@@ -213,7 +214,7 @@ class _Lowering:
             self.merges[stage.name] = merge
             steps, donor, files = merge.steps(), merge.donor, models.files
             config = merge.config() if len(self.problems) == before else None
-            self.notes += [*merge.notes, *models.notes]
+            self.notes += [*ignored_notes(stage.at, merge.ignored), *merge.notes, *models.notes]
         elif isinstance(stage, TransplantStage):
             self._transplant(stage)
             return
@@ -264,9 +265,9 @@ class _Lowering:
     ) -> None:
         """Note the plan of a stage, and the model that it makes."""
         config = config and _dtype_fixed(config, donor, steps)
-        self.done[stage.name] = StagePlan(
-            stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep, allow_nan=stage.allow_nan, files=files
-        )
+        plan = StagePlan(stage.name, stage.kind, steps, donor.donor, config, keep=stage.keep, allow_nan=stage.allow_nan)
+        merge = self.merges.get(stage.name)
+        self.done[stage.name] = replace(plan, files=files, ignored=merge.ignored if merge else {})
         tensors = {name: self._input(stage.name, name, step) for name, step in steps.items()}
         self.views[stage.name] = View(stage.name, tensors, donor.donor, config, files=files)
 

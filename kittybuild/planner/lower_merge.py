@@ -43,7 +43,7 @@ class MergeLowering:
         self.stage, self.builders, self.seed, self.machine = stage, builders, seed, machine
         self.findings = Findings(problems)
         self.fitting = Fitting(stage, views, builders, self.findings, derive, only)
-        self.notes = self.findings.notes
+        self.notes, self.ignored = self.findings.notes, self.findings.ignored
         self.rules = rules_of(stage.numerics)
         self.parts = parts_of(stage, self.fitting.of, builders)
         self._numerics = {id(part): self._class(part) for part in self.parts}

@@ -69,6 +69,7 @@ class ModulesLowering:
             for module in stage.modules
         ]
         self.notes: list[str] = []
+        self.ignored: dict[str, dict[str, list[str]]] = {}
 
     def steps(self) -> dict[str, Step]:
         """The steps of all modules, and of what the base has beside them, in natural order of their names."""
@@ -114,6 +115,9 @@ class ModulesLowering:
         told = Counter(note for part in self.parts for note in part.notes)
         everywhere = len(self.parts)
         self.notes += [note for note, times in told.items() if not note.endswith(_UNUSED) or times == everywhere]
+        for rule, models in (found for part in self.parts for found in part.ignored.items()):
+            for model, names in models.items():
+                self.ignored.setdefault(rule, {}).setdefault(model, []).extend(names)
 
 
 def _alone(stage: MergeStage, module: Module) -> MergeStage:

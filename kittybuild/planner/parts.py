@@ -87,13 +87,15 @@ class Row:
 
 @dataclass
 class Findings:
-    """What came up: problems, notes, and the tensors that one model lacks and another has."""
+    """What came up: problems, notes, the tensors that one model lacks and another has, and those that a pattern of
+    `ignore` leaves out of a model."""
 
     problems: list[KittybuildError]
     notes: list[str] = field(default_factory=list)
     missing: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     computed: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     lacking: dict[str, View] = field(default_factory=dict)
+    ignored: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def fail(self, code: str, message: str, at: object, hint: str | None = None) -> None:
         """Note a problem and go on."""

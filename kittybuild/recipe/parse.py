@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kittybuild.errors import KittybuildError, RecipeError, nearest, raise_all
 from kittybuild.model.derivation import KITTY_1
 from kittybuild.model.lock import REPOSITORY
 from kittybuild.model.method import Catalogue
-from kittybuild.model.recipe import Output, Recipe, SourceDecl, Stage
+from kittybuild.model.recipe import Output, Recipe, SourceDecl, Stage, names_in
 from kittybuild.recipe.merge import Problems
 from kittybuild.recipe.schema import OutputText, RecipeText, SourceText, check
 from kittybuild.recipe.stage import Reading, read_dtypes, read_numerics, read_stage
@@ -36,6 +37,20 @@ def parse_recipe(text: str, file: str, catalogue: Catalogue, numerics: str | Non
 
     `numerics`: the class of the stages that name none, in place of the recipe's own.
     """
+    recipe, problems = parse_partly(text, file, catalogue, numerics)
+    raise_all(problems)
+    assert recipe is not None  # without problems there is one
+    return recipe
+
+
+def parse_partly(
+    text: str, file: str, catalogue: Catalogue, numerics: str | None = None
+) -> tuple[Recipe | None, Problems]:
+    """The recipe of the stages that are sound, if any can be read, and the problems of the others, in the text's order.
+
+    A stage is sound if nothing is wrong with it, nor with a stage or source that it names. Raises RecipeError for a
+    text that is no recipe at all.
+    """
     documents = read_documents(text, file)
     if not documents:
         raise RecipeError("KB103", "the recipe is empty", at=file, hint="start with `kittybuild: 1` or `merge_method:`")
@@ -51,11 +66,11 @@ def parse_recipe(text: str, file: str, catalogue: Catalogue, numerics: str | Non
     readings = [Reading(document, catalogue, numerics or KITTY_1, problems) for document in documents]
     recipe = _own(readings[0], text, given=numerics) if own else _mergekit(readings, text)
     if recipe:
-        _check_references(recipe, problems)
+        loops = _check_references(recipe, problems)
+        broken = {name for reading in readings for name in reading.broken} | loops
         recipe = replace(recipe, notes=(*recipe.notes, *_unused(recipe)), numerics=numerics)
-    raise_all(sorted(problems, key=_place))
-    assert recipe is not None  # without problems there is one
-    return recipe
+        recipe = recipe.without(broken) if broken else recipe
+    return recipe, sorted(problems, key=_place)
 
 
 def _place(error: KittybuildError) -> tuple[int, ...]:
@@ -81,7 +96,8 @@ def _own(reading: Reading, text: str, given: str | None) -> Recipe | None:
         allow_nan=form.allow_nan,
     )
     sources = {name: _source(name, source, document, problems) for name, source in form.sources.items()}
-    stages = {name: read_stage(name, stage, reading) for name, stage in form.stages.items()}
+    stages = {name: _stage(name, stage, reading) for name, stage in form.stages.items()}
+    reading.broken.update(name for name, source in sources.items() if source is None)
     outputs = {name: _output(name, output, document, problems) for name, output in form.outputs.items()}
     _check_folders(outputs, problems)
     for name in sorted(set(sources) & set(stages)):
@@ -112,11 +128,20 @@ def _mergekit(readings: Sequence[Reading], text: str) -> Recipe:
             at = str(document.key_at(("name",)))
             hint = "give each document a `name`; at most one goes without"
             problems.append(RecipeError("KB110", f"two documents are called {name!r}", at=at, hint=hint))
-        elif stage := read_stage(name, document.value, reading, path=()):
+        elif stage := _stage(name, document.value, reading, path=()):
             stages[name] = stage
     file = readings[0].document.file
     notes = tuple(note for reading in readings for note in reading.notes)
     return Recipe(_stem(file), {}, stages, {}, text, file, dialect="mergekit", notes=notes)
+
+
+def _stage(name: str, value: dict[str, Any], reading: Reading, **where: Any) -> Stage | None:
+    """The stage; what is wrong with it is noted, and that it is."""
+    before = len(reading.problems)
+    stage = read_stage(name, value, reading, **where)
+    if len(reading.problems) > before:
+        reading.broken.add(name)
+    return stage
 
 
 def _stem(file: str) -> str:
@@ -170,24 +195,26 @@ def _output(name: str, form: OutputText, document: Document, problems: Problems)
 
 def _unused(recipe: Recipe) -> list[str]:
     """Sources that take no part in any stage."""
-    named: set[str | None] = set()
-    for stage in recipe.stages.values():
-        for ref in stage.references():
-            named |= {ref.model, ref.adapter}
+    named = {name for stage in recipe.stages.values() for name in names_in(stage)}
     return [
         f"{decl.at}: no stage names the source {name!r}" for name, decl in recipe.sources.items() if name not in named
     ]
 
 
-def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
-    """No stage may need itself, and none has revisions. (Whether a path exists is asked when sources are opened.)"""
+def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> set[str]:
+    """No stage may need itself, and none has revisions. (Whether a path exists is asked when sources are opened.)
+
+    The stages of which this is not true.
+    """
     done: set[str] = set()
+    broken: set[str] = set()
     for stage in recipe.stages.values():
         for ref in stage.references():
             if ref.model in recipe.stages and ref.revision is not None:
                 hint = f"write {ref.model!r} alone"
                 message = f"{ref.base_text} gives a revision, but {ref.model!r} is a stage of this recipe"
                 problems.append(RecipeError("KB111", message, at=str(ref.at), hint=hint))
+                broken.add(stage.name)
 
     def visit(name: str, chain: tuple[str, ...]) -> None:
         stage = recipe.stages[name]
@@ -197,6 +224,7 @@ def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
             message = f"stages need each other in a circle: {loop}"
             problems.append(RecipeError("KB112", message, at=str(stage.at), hint=hint))
             done.update(chain)
+            broken.update(chain)
         elif name not in done:
             for ref in [part for named in stage.references() for part in named.parts()]:
                 if ref.model in recipe.stages and ref.model not in recipe.sources:
@@ -205,3 +233,4 @@ def _check_references(recipe: Recipe, problems: list[KittybuildError]) -> None:
 
     for name in recipe.stages:
         visit(name, ())
+    return broken

@@ -30,7 +30,10 @@ from kittybuild.tensors import DType
 
 @dataclass(frozen=True)
 class Reading:
-    """One document, the methods of all classes, and what stages take that do not say otherwise; problems and notes."""
+    """One document, the methods of all classes, and what stages take that do not say otherwise; problems and notes.
+
+    `broken`: the stages and sources that have problems.
+    """
 
     document: Document
     catalogue: Catalogue
@@ -39,6 +42,7 @@ class Reading:
     defaults: Mapping[str, str | None] = field(default_factory=lambda: MappingProxyType({}))
     allow_nan: bool = False
     notes: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
 
 
 def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | None = None) -> Stage | None:

