@@ -8,6 +8,7 @@ KittybuildError
 ├── BuildError    KB5xx  exit 5   a derivation or an output
 ├── VerifyError   KB6xx  exit 6   something is not what it says it is
 ├── StoreError    KB7xx  exit 7   the store
+├── RemoteError   KB8xx  exit 8   a cache on another machine, or whom to trust
 └── Problems             the exit status of its first error: several errors, reported at once
 """
 
@@ -86,6 +87,12 @@ class StoreError(KittybuildError):
     """The store cannot be read, written or trusted."""
 
     exit_status = 7
+
+
+class RemoteError(KittybuildError):
+    """A remote cache cannot be used as it was asked for, or somebody who is trusted is wrong."""
+
+    exit_status = 8
 
 
 class Problems(KittybuildError):
