@@ -13,6 +13,7 @@ from kittybuild.digest import Digest, tagged
 from kittybuild.errors import SourceError
 from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
 from kittybuild.model.plan import Plan, inputs_of
+from kittybuild.planner.offers import Offers
 from kittybuild.planner.views import Sources
 from kittybuild.store.store import Location, Store
 from kittybuild.tensors import TensorRef
@@ -21,8 +22,8 @@ from kittybuild.tensors import TensorRef
 class Known:
     """The contents known so far, and where they lie. Looked up in bulk, stage by stage; never forgets."""
 
-    def __init__(self, plan: Plan, sources: Sources, store: Store | None) -> None:
-        self.plan, self.sources, self.store = plan, sources, store
+    def __init__(self, plan: Plan, sources: Sources, store: Store | None, offers: Offers | None = None) -> None:
+        self.plan, self.sources, self.store, self.offers = plan, sources, store, offers
         self._listed = {file for checkpoint in sources.checkpoints.values() for file in checkpoint.files}
         self._file_ids: dict[str, FileId] = {}
         self._memos: dict[str, Mapping[str, Digest]] = {}
@@ -105,6 +106,25 @@ class Known:
         for key, ref in self.store.realisations(keys).items():
             for tensor in keys[key]:
                 self._refs[tensor] = ref
+        if self.offers is not None:
+            self._ask(stage, self.offers)
+
+    def _ask(self, stage: str, offers: Offers) -> None:
+        """Learn from caches what is not known here, or not here any more."""
+        drvs = self.plan.stages[stage].derivations
+        keys = {name: self.key(drv) for name, drv in drvs.items()}
+        tensors = {name: StageTensor(stage, name, drv.spec) for name, drv in drvs.items()}
+        self.locate([ref.digest for tensor in tensors.values() if (ref := self._refs.get(tensor))])
+        lacking = {
+            name: key
+            for name, key in keys.items()
+            if key is not None and ((ref := self._refs.get(tensors[name])) is None or self.location(ref.digest) is None)
+        }
+        whole = [key for key in keys.values() if key is not None] if all(keys.values()) else None
+        found = offers.ask({key: drvs[name].spec for name, key in lacking.items()}, whole)
+        for name, key in lacking.items():
+            if key in found:
+                self._refs.setdefault(tensors[name], found[key].ref)
 
     def sources_of(self, step: Step) -> Iterator[SourceTensor]:
         """All source tensors behind a step."""
