@@ -14,18 +14,18 @@ from kittybuild.builders.registry import BUILTIN
 from kittybuild.checkpoint.sources.lockfile import read_lock, write_lock
 from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest, Json, canonical, tagged
-from kittybuild.errors import KittybuildError, RecipeError, UsageError, VerifyError, nearest, raise_all
+from kittybuild.errors import KittybuildError, RecipeError, RemoteError, UsageError, VerifyError, nearest, raise_all
 from kittybuild.model.derivation import Derivation
 from kittybuild.model.lock import Pin, differences, lock_json
 from kittybuild.model.manifest import Manifest, ManifestTensor
 from kittybuild.model.plan import Plan, StagePlan
 from kittybuild.model.recipe import Recipe, SourceDecl
-from kittybuild.planner.locking import locked, pinned_sources, pins, versions
+from kittybuild.planner.locking import absent_pins, locked, pinned_sources, pins, versions
 from kittybuild.planner.machine import Machine, by_machine, this_machine
 from kittybuild.planner.published import published_class
 from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
-from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names
+from kittybuild.planner.views import Sources, fingerprints, locate, open_all, source_names, with_absent
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.store.store import Store
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from kittybuild.executor.run import StageResult
     from kittybuild.planner.explain import Explanation
     from kittybuild.planner.known import Known
+    from kittybuild.planner.offers import Offers
+    from kittybuild.publish.pull import Pulled
+    from kittybuild.publish.push import Pushed, Pushing
 
 MEMORY = 4_000_000_000
 
@@ -47,6 +50,7 @@ class StageReport:
     cached: int
     manifest: Digest
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    fetched: int = 0
 
     def to_json(self) -> dict[str, Json]:
         """As `build --json` prints it."""
@@ -54,7 +58,7 @@ class StageReport:
             "tensors": self.tensors,
             "computed": self.computed,
             "cached": self.cached,
-            "fetched": 0,
+            "fetched": self.fetched,
         }
         return {**counts, "manifest": self.manifest.hex, "nonfinite": dict(self.nonfinite)}
 
@@ -95,6 +99,7 @@ class Prepared:
     """A recipe with its sources found: all that can be said before a header is read.
 
     `paths`: the sources that lie here; `pins`: those on the Hub, which `web` leads to; `fresh`: those no lock had.
+    `absent`: pins of sources whose files are left to caches.
     """
 
     recipe: Recipe
@@ -107,6 +112,7 @@ class Prepared:
     fresh: tuple[str, ...] = ()
     web: Web = field(default_factory=Web)
     machine: Machine | None = None
+    absent: Mapping[str, Pin] = field(default_factory=dict)
 
 
 def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
@@ -137,31 +143,35 @@ def prepare(
     builders: Builders = BUILTIN,
     capability: str | None = None,
     offline: bool = False,
+    caches: bool = False,
 ) -> Prepared:
     """Find the sources and name the outputs. `folder` takes the place of the one output's own.
 
     Sources on the Hub are what the recipe's lock says; those that it lacks are asked for, unless `offline`.
-    `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told.
+    `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told. `caches`: there
+    are some, so that sources need not be here if the lock has the digests of their files.
     """
     wanted = targets(recipe, stages)
-    here = os.path.dirname(os.path.abspath(recipe.file))
-    folders = {name: os.path.join(here, recipe.outputs[name].folder) for name in wanted if name in recipe.outputs}
+    top = os.path.dirname(os.path.abspath(recipe.file))
+    folders = {name: os.path.join(top, recipe.outputs[name].folder) for name in wanted if name in recipe.outputs}
     if folder is not None:
         if len(wanted) != 1:
             raise UsageError(
                 "KB002", f"one folder for {len(wanted)} stages", hint=f"name the stage: {', '.join(wanted)}"
             )
         folders = {wanted[0]: os.path.abspath(folder)}
-    decls = source_names(recipe)
-    paths = locate(recipe, decls)
+    decls, lock = source_names(recipe), read_lock(recipe.file)
+    absent = absent_pins(decls, locate(recipe, decls, lock), lock) if caches else {}
+    here = {name: decl for name, decl in decls.items() if name not in absent}
+    paths = locate(recipe, here)
     _check_folders(recipe, folders, paths)
     depends = any(by_machine(stage, builders) for stage in recipe.stages.values())
     machine = this_machine(capability) if depends else None
     web = Web(offline=offline)
-    pinned = pinned_sources(decls, paths, read_lock(recipe.file), web)
-    prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in pinned.pins.items()}
+    pinned = pinned_sources(here, paths, lock, web)
+    prints = fingerprints(paths) | {name: pin.fingerprint for name, pin in {**pinned.pins, **absent}.items()}
     keys = stage_keys(recipe, wanted, prints, builders, machine)
-    return Prepared(recipe, wanted, folders, decls, paths, keys, pinned.pins, pinned.fresh, web, machine)
+    return Prepared(recipe, wanted, folders, decls, paths, keys, pinned.pins, pinned.fresh, web, machine, absent)
 
 
 @dataclass(frozen=True)
@@ -206,23 +216,25 @@ def _check_folders(recipe: Recipe, folders: Mapping[str, str], paths: Mapping[st
         taken[real] = f"the output {stage}"
 
 
-def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN) -> Known:
+def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN, offers: Offers | None = None) -> Known:
     """Every tensor as a step, with what is known of it: reads headers, starts no torch. `Known.plan` is the plan."""
     from kittybuild.planner.lower import lower
 
     sources = open_all(prepared.paths, prepared.pins, prepared.web)
+    if prepared.absent and store is not None and offers is not None:
+        sources = with_absent(sources, prepared.absent, store, offers)
     made = lower(prepared.recipe, prepared.wanted, sources, builders, prepared.machine)
     unpinned = tuple(
         f"{prepared.decls[name].at}: {name} was not in the lock: commit {prepared.pins[name].facts['commit']}"
         for name in prepared.fresh
     )
-    return _looked_up(replace(made, notes=(*made.notes, *unpinned)), sources, store)
+    return _looked_up(replace(made, notes=(*made.notes, *unpinned)), sources, store, offers)
 
 
-def _looked_up(made: Plan, sources: Sources, store: Store | None) -> Known:
+def _looked_up(made: Plan, sources: Sources, store: Store | None, offers: Offers | None) -> Known:
     from kittybuild.planner.known import Known
 
-    known = Known(made, sources, store)
+    known = Known(made, sources, store, offers)
     for name in known.plan.stages:
         known.look_up(name)
     return known
@@ -249,10 +261,12 @@ def build(
     processes: bool = True,
     events: Events | None = None,
     builders: Builders = BUILTIN,
+    offers: Offers | None = None,
 ) -> BuildReport:
     """Build the wanted stages and publish their folders. Raises a KittybuildError; what was finished is kept.
 
-    `memory`: bytes for all workers; `processes`: each of the `jobs` is a process of its own, else a thread.
+    `memory`: bytes for all workers; `processes`: each of the `jobs` is a process of its own, else a thread. `offers`:
+    what remote caches have.
     """
     started = time.monotonic()
     limits = memory, jobs, processes and builders.files is not None  # else no other process could load them
@@ -260,13 +274,14 @@ def build(
     ready = _shortcut(prepared, store)
     if ready:
         manifests, lock = ready
-        computed = written = dict.fromkeys(manifests, 0)
+        computed = written = from_caches = dict.fromkeys(manifests, 0)
         amounts, notes = Moved(), prepared.recipe.notes
     else:
-        manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders)
+        manifests, lock, results, amounts, notes = _run(prepared, store, limits, events, builders, offers)
         computed = {name: result.computed for name, result in results.items()}
+        from_caches = {name: result.fetched for name, result in results.items()}
         written = {name: result.written for name, result in results.items()}
-    stages = {name: _report(manifest, computed[name], store) for name, manifest in manifests.items()}
+    stages = {name: _report(manifest, computed[name], from_caches[name], store) for name, manifest in manifests.items()}
     outputs = {}
     for name, folder in prepared.folders.items():
         _publish(prepared, name, manifests, lock, store, builders)
@@ -302,11 +317,11 @@ def check_models(report: BuildReport) -> list[str]:
     return notes
 
 
-def _report(manifest: Manifest, computed: int, store: Store) -> StageReport:
+def _report(manifest: Manifest, computed: int, fetched: int, store: Store) -> StageReport:
     counts = store.nonfinite(tensor.ref.digest for tensor in manifest.tensors)
     nonfinite = {tensor.name: counts[tensor.ref.digest] for tensor in manifest.tensors if tensor.ref.digest in counts}
     total = len(manifest.tensors)
-    return StageReport(total, computed, total - computed, manifest.digest, nonfinite)
+    return StageReport(total, computed, total - computed - fetched, manifest.digest, nonfinite, fetched)
 
 
 def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], bytes] | None:
@@ -348,7 +363,12 @@ Ran = tuple[dict[str, Manifest], bytes, "dict[str, StageResult]", Moved, tuple[s
 
 
 def _run(
-    prepared: Prepared, store: Store, limits: tuple[int, int, bool], events: Events | None, builders: Builders
+    prepared: Prepared,
+    store: Store,
+    limits: tuple[int, int, bool],
+    events: Events | None,
+    builders: Builders,
+    offers: Offers | None,
 ) -> Ran:
     from kittybuild.executor.events import Silent
     from kittybuild.executor.fetch import fetch
@@ -360,10 +380,12 @@ def _run(
     found = store.salvage()
     if found.tensors:
         events.note(f"an interrupted build left {found.tensors} finished tensors: they are used")
-    known = plan(prepared, store, builders)
+    known = plan(prepared, store, builders, offers)
     needed = downloads(known)
     fetched = fetch(needed, events)
-    known = _looked_up(known.plan, known.sources, store) if needed else known  # what was verified is known better
+    known = (
+        _looked_up(known.plan, known.sources, store, offers) if needed else known
+    )  # what was verified is known better
     results, amounts = run(known, store, builders, Limits(*limits), events)
     manifests = {}
     for name, stage in known.plan.stages.items():
@@ -371,12 +393,13 @@ def _run(
         shards = tuple(results[name].shards) if stage.shards else ()
         manifests[name] = Manifest(_tensors(stage, known), shards, files)
         store.put_manifest(manifests[name])
-    lock = canonical(lock_json(pins(known, prepared.decls, prepared.pins), versions()))
+    lock = canonical(lock_json(pins(known, prepared.decls, {**prepared.pins, **prepared.absent}), versions()))
     store.set_shortcut(_lock_key(prepared), store.put_file(lock))
     for name, key in prepared.keys.items():
         if name in manifests:  # of a stage of which nothing was needed there is none
             store.set_shortcut(key, manifests[name].digest)
     store.drop_salvaged()
+    fetched += offers.caches.bytes_fetched if offers else 0
     moved = Moved(amounts.read, amounts.written, amounts.workers, fetched)
     return manifests, lock, results, moved, known.plan.notes
 
@@ -404,6 +427,23 @@ def _publish(
     store.set_root(name, folder, manifest.digest, also, os.path.abspath(prepared.recipe.file))
 
 
+def push(prepared: Prepared, store: Store, to: Pushing, builders: Builders = BUILTIN) -> Pushed:
+    """Push what was built of a recipe to a cache, signed. Raises RemoteError KB806 if it is not built."""
+    from kittybuild.publish.push import push
+
+    if ready := _shortcut(prepared, store):
+        return push(to, store, ready[0], prepared.wanted, plan(prepared, store, builders))
+    hint = "build it with the same recipe, lock and store, then push"
+    raise RemoteError("KB806", "not everything is built", at=prepared.recipe.file, hint=hint)
+
+
+def pull(prepared: Prepared, store: Store, offers: Offers, events: Events, builders: Builders = BUILTIN) -> Pulled:
+    """Bring what caches have of the outputs into the store; computes nothing."""
+    from kittybuild.publish.pull import pull
+
+    return pull(plan(prepared, store, builders, offers), store, events)
+
+
 __all__ = [
     "BuildReport",
     "LockReport",
@@ -417,5 +457,7 @@ __all__ = [
     "lock",
     "plan",
     "prepare",
+    "pull",
+    "push",
     "read_recipe",
 ]

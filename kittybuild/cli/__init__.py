@@ -16,7 +16,9 @@ _SELDOM = (
     10,
     10,
 )  # what torch makes at its start is kept: looking through it again and again costs half a second
-_COMMANDS = MappingProxyType({"build": "build", "plan": "plan", "lock": "lock", "methods": "methods", "store": "store"})
+_COMMANDS = MappingProxyType(
+    {"build": "build", "plan": "plan", "lock": "lock", "methods": "methods", "store": "store", "cache": "cache"}
+)
 
 
 class _Lazy(click.Group):

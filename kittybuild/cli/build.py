@@ -11,6 +11,7 @@ import click
 
 from kittybuild import api
 from kittybuild.builders.plugins import load
+from kittybuild.cli.caches import caches_options, offers
 from kittybuild.cli.common import (
     JSON,
     METHODS,
@@ -58,6 +59,7 @@ def peak_rss() -> int:
 @NUMERICS
 @METHODS
 @OFFLINE
+@caches_options
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
 @JSON
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
@@ -73,6 +75,11 @@ def command(
     numerics: str | None,
     files: tuple[str, ...],
     offline: bool,
+    substituters: tuple[str, ...],
+    trusted: tuple[str, ...],
+    fetch: str,
+    quorum: int,
+    audit: float,
     check_model: bool,
     as_json: bool,
     verbose: bool,
@@ -82,8 +89,17 @@ def command(
     parsed = api.read_recipe(recipe, builders, numerics)
     if not parsed.outputs and output is None and not stages:
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
-    prepared = api.prepare(parsed, stages, output, builders, capability(), offline)
-    with Store.open(store_folder(store, recipe)) as opened, shown() as events:
+    with shown() as events, Store.open(store_folder(store, recipe)) as opened:
+        caches = offers(
+            recipe,
+            events.note,
+            substituters=substituters,
+            trusted=trusted,
+            fetch=fetch,
+            quorum=quorum,
+            audit=audit,
+        )
+        prepared = api.prepare(parsed, stages, output, builders, capability(), offline, caches=caches is not None)
         report = api.build(
             prepared,
             opened,
@@ -92,6 +108,7 @@ def command(
             processes=workers == "processes",
             events=events,
             builders=builders,
+            offers=caches,
         )
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
     document = {
@@ -116,7 +133,10 @@ def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:
     for note in notes:
         click.echo(f"note: {note}", err=True)
     for name, stage in report.stages.items():
-        click.echo(f"{name}: {stage.tensors} tensors, {stage.computed} computed, {stage.cached} from the store")
+        fetched = f"{stage.fetched} fetched, " if stage.fetched else ""
+        click.echo(
+            f"{name}: {stage.tensors} tensors, {stage.computed} computed, {fetched}{stage.cached} from the store"
+        )
         if verbose:
             click.echo(f"  manifest {stage.manifest}")
     for out in report.outputs.values():

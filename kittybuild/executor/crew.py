@@ -1,4 +1,4 @@
-"""The threads of one run: makers of tensors, fetchers, a finisher of packs, and a syncer that keeps the disk busy meanwhile.
+"""The threads of one run: makers of tensors, fetchers, a finisher of packs, and a syncer that keeps the disk busy.
 
 After the first error nothing new is begun, and that error is the one that is raised.
 """

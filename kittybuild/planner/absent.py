@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kittybuild.checkpoint.opening import open_source, place_of
+from kittybuild.checkpoint.opening import open_source
 from kittybuild.checkpoint.source import Checkpoint, FileId
 from kittybuild.errors import SourceError
 from kittybuild.model.lock import FilePin, Pin
@@ -33,51 +33,38 @@ class Absent:
         return SourceError("KB260", message, at=self.where, hint="bring the files, or push from where it was built")
 
 
-def can_be_absent(pin: Pin | None) -> bool:
-    """Whether a pin says enough of a source to do without its files."""
-    return pin is not None and bool(pin.files) and all(file.sha256 for file in pin.files)
-
-
-def missing(pin: Pin, path: str | None) -> bool:
-    """Whether a file of a source is not where it should be. `path`: of the source, if there is something."""
-    return any(path is None or not os.path.exists(place_of(path, file.name)) for file in pin.files)
-
-
-def open_absent(name: str, pin: Pin, where: str, store: Store, offers: Offers) -> tuple[Checkpoint, Absent]:
-    """The checkpoint that a pin names, as far as caches know it. Raises SourceError KB260, or what headers have wrong.
-
-    `where`: the recipe's words for it.
-    """
+def open_absent(name: str, pin: Pin, store: Store, offers: Offers) -> tuple[Checkpoint, Absent]:
+    """The checkpoint that a pin names, as far as caches know it. Raises SourceError KB260, or for its headers."""
     top = os.path.join(store.root, "views", pin.fingerprint.hex)
     weights: dict[str, tuple[FileId, SourceFacts]] = {}
     for file in pin.files:
         path = os.path.join(top, *file.name.split("/"))
         facts = offers.caches.source(file.sha256 or "", file.size)
-        if facts is None or not _lay(path, file, facts, where, store, offers):
+        if facts is None or not _lay(path, file, facts, store, offers):
             message = f"{file.name} is not on this machine, and no cache has it"
             hint = "bring the file, or push from where the recipe was built; and trust the key that signed it"
-            raise SourceError("KB260", message, at=f"{where} ({name})", hint=hint)
+            raise SourceError("KB260", message, at=name, hint=hint)
         if facts.whole is None:
             weights[path] = FileId(path, file.size, content=file.sha256 or ""), facts
-    only = pin.words.get("file") or (pin.files[0].name if len(pin.files) == 1 else None)
-    found = open_source(os.path.join(top, *only.split("/")) if only and not os.path.isdir(where) else top)
+    only = pin.files[0].name if len(pin.files) == 1 else ""
+    found = open_source(os.path.join(top, only))
     for known, facts in weights.values():
         store.remember(known.key(), facts.tensors)
         offers.add(set(facts.tensors.values()))
     files = tuple(_by_content(file, weights) for file in found.files)
-    return replace(found, where=where, files=files), Absent({p: known for p, (known, _) in weights.items()}, where)
+    return replace(found, where=name, files=files), Absent({p: known for p, (known, _) in weights.items()}, name)
 
 
 def _by_content(file: FileId, weights: Mapping[str, tuple[FileId, SourceFacts]]) -> FileId:
     return next((known for path, (known, _) in weights.items() if os.path.realpath(path) == file.path), file)
 
 
-def _lay(path: str, file: FilePin, facts: SourceFacts, where: str, store: Store, offers: Offers) -> bool:
+def _lay(path: str, file: FilePin, facts: SourceFacts, store: Store, offers: Offers) -> bool:
     """See that a file, or what stands for it, is in its place."""
     if os.path.isfile(path) and os.path.getsize(path) == file.size:
         return True
     if facts.whole is not None:
-        data = _here(place_of(where, file.name), file) or offers.caches.blob(facts.whole, file.size)
+        data = offers.caches.blob(facts.whole, file.size)
         if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
             return False
     elif facts.header is not None:
@@ -93,13 +80,3 @@ def _lay(path: str, file: FilePin, facts: SourceFacts, where: str, store: Store,
         out.truncate(file.size)
     os.replace(temporary, path)
     return True
-
-
-def _here(path: str, file: FilePin) -> bytes | None:
-    """The bytes of a small file that lies here after all."""
-    try:
-        with open(path, "rb") as opened:
-            data = opened.read(file.size + 1)
-    except OSError:
-        return None
-    return data if hashlib.sha256(data).hexdigest() == file.sha256 else None

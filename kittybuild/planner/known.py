@@ -43,10 +43,9 @@ class Known:
     def memo_name(self, entry: Entry) -> str:
         """Under which name the memo of its file keeps the digest of a tensor: decoded tensors count by their decoder,
         and by the other files that it reads; plain ones in a pinned file by their place, whatever they are called."""
-        if entry.encoding == RAW and self.file_id(entry.file).content:
-            return f"{entry.offset}+{entry.nbytes}"
-        others = [self.file_id(path).key().hex for path in entry.files[1:]]
-        return entry.name if entry.encoding == RAW else "/".join([entry.encoding, "1", *others, entry.name])
+        if entry.encoding == RAW and not self.file_id(entry.file).content:
+            return entry.name
+        return pinned_memo_name(entry, [self.file_id(path).key() for path in entry.files[1:]])
 
     def check_unchanged(self, path: str) -> None:
         """Raise SourceError KB210 if a source file is not the one whose header was read any more."""
@@ -184,6 +183,13 @@ class Known:
     def contents(self) -> tuple[tuple[Input, TensorRef], ...]:
         """Everything known so far."""
         return tuple(self._refs.items())
+
+
+def pinned_memo_name(entry: Entry, others: Iterable[Digest]) -> str:
+    """The name of a tensor in the memo of a pinned file. `others`: the keys of the other files that it reads."""
+    if entry.encoding == RAW:
+        return f"{entry.offset}+{entry.nbytes}"
+    return "/".join([entry.encoding, "1", *(key.hex for key in others), entry.name])
 
 
 def _changed(path: str) -> SourceError:

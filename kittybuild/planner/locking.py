@@ -59,6 +59,19 @@ def pinned_sources(
     return Pinned(pins, tuple(fresh))
 
 
+def absent_pins(decls: Mapping[str, SourceDecl], paths: Mapping[str, str], lock: Mapping[str, Pin]) -> dict[str, Pin]:
+    """The pins of sources of which a file is not here, where the lock has the SHA-256 of every file."""
+    found = {}
+    for name, decl in decls.items():
+        path = paths.get(name)
+        pin = pin_of(lock, name, words_of(decl, path))
+        if pin is None or (decl.hub and path is None) or not all(file.sha256 for file in pin.files):
+            continue
+        if path is None or not all(os.path.exists(place_of(path, file.name)) for file in pin.files):
+            found[name] = pin
+    return found
+
+
 def words_of(decl: SourceDecl, path: str | None) -> dict[str, str]:
     """The words by which a pin knows its source. `path`: where it lies, if it is not on the Hub."""
     return (replace(decl, hub=None) if path else decl).words

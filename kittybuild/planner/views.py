@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kittybuild.checkpoint.folder import unknown_source
@@ -18,7 +18,9 @@ from kittybuild.errors import KittybuildError, PlanError, raise_all
 from kittybuild.model.derivation import Input, SourceTensor
 from kittybuild.model.lock import REPOSITORY, Pin
 from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
-from kittybuild.planner.absent import Absent
+from kittybuild.planner.absent import Absent, open_absent
+from kittybuild.planner.offers import Offers
+from kittybuild.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,19 @@ def open_all(paths: Mapping[str, str], pins: Mapping[str, Pin] | None = None, we
             problems.append(error)
     raise_all(problems)
     return Sources(checkpoints, paths, remote)
+
+
+def with_absent(sources: Sources, pins: Mapping[str, Pin], store: Store, offers: Offers) -> Sources:
+    """The sources, and with them those whose files are not here. Raises SourceError KB260, all at once."""
+    problems: list[KittybuildError] = []
+    checkpoints, absent = dict(sources.checkpoints), {}
+    for name, pin in pins.items():
+        try:
+            checkpoints[name], absent[name] = open_absent(name, pin, store, offers)
+        except KittybuildError as error:
+            problems.append(error)
+    raise_all(problems)
+    return replace(sources, checkpoints=checkpoints, absent=absent)
 
 
 def fingerprints(paths: Mapping[str, str]) -> dict[str, Digest]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kittybuild.digest import Digest
-from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor, Step
+from kittybuild.model.derivation import Derivation, StageTensor, Step
 from kittybuild.model.manifest import pack_digest
 from kittybuild.model.plan import Plan, StagePlan, inputs_of
 from kittybuild.planner.known import Known
@@ -62,18 +62,24 @@ def stage_work(plan: Plan, name: str, known: Known) -> StageWork:
     stage = plan.stages[name]
     if not stage.shards:
         needed = demand(plan, known).get(name, frozenset()) if stage.keep else frozenset()
-        fetch = tuple(tensor for tensor in needed if fetchable(known, stage.steps[tensor], name, tensor))
-        made = tuple(tensor for tensor in stage.steps if tensor in needed and tensor not in fetch)
-        return StageWork(stage, (), made, (), tuple(tensor for tensor in stage.steps if tensor not in needed), fetch)
+        lacking = [tensor for tensor in stage.steps if tensor in needed]
+        fetch = frozenset(tensor for tensor in lacking if fetchable(known, stage.steps[tensor], name, tensor))
+        made, fetched = _split(lacking, fetch)
+        return StageWork(stage, (), made, (), tuple(tensor for tensor in stage.steps if tensor not in needed), fetched)
     shards = tuple(shard_work(stage, names, known) for names in stage.shards)
     there = tuple(tensor for shard in shards if shard.present for tensor, _ in shard.layout.tensors)
     rest = [tensor for shard in shards if not shard.present for tensor, _ in shard.layout.tensors]
     copy = tuple(tensor for tensor in rest if has_bytes(known, stage.steps[tensor], name, tensor))
     copied = frozenset(copy)
-    made = [tensor for tensor in rest if tensor not in copied]
-    fetch = tuple(tensor for tensor in made if fetchable(known, stage.steps[tensor], name, tensor))
-    fetched = frozenset(fetch)
-    return StageWork(stage, shards, tuple(tensor for tensor in made if tensor not in fetched), copy, there, fetch)
+    lacking = [tensor for tensor in rest if tensor not in copied]
+    fetch = frozenset(tensor for tensor in lacking if fetchable(known, stage.steps[tensor], name, tensor))
+    made, fetched = _split(lacking, fetch)
+    return StageWork(stage, shards, made, copy, there, fetched)
+
+
+def _split(names: list[str], chosen: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those that are not chosen, and those that are."""
+    return tuple(n for n in names if n not in chosen), tuple(n for n in names if n in chosen)
 
 
 def has_bytes(known: Known, step: Step, stage: str, name: str) -> bool:
@@ -95,17 +101,8 @@ def fetchable(known: Known, step: Step, stage: str, name: str) -> bool:
     drv = known.plan.step(step) if isinstance(step, StageTensor) else step
     if isinstance(drv, Derivation) and (key := known.key(drv)) and offers.audits(key):
         return False
-    here = all(known.sources.here(given) for given in _sources(known.plan, drv))
+    here = all(known.sources.here(given) for given in known.sources_of(drv))
     return offers.worth(ref, sum(given.spec.nbytes for given in inputs_of(drv)), here=here)
-
-
-def _sources(plan: Plan, step: Step) -> Iterator[SourceTensor]:
-    """All source tensors behind a step."""
-    for given in (step,) if isinstance(step, SourceTensor) else inputs_of(step):
-        if isinstance(given, SourceTensor):
-            yield given
-        else:
-            yield from _sources(plan, plan.step(given))
 
 
 def demand(plan: Plan, known: Known) -> Mapping[str, frozenset[str]]:

@@ -32,7 +32,9 @@ class Piece:
 class Bucket(Protocol):
     """Bytes by name. Any thread may use it."""
 
-    where: str
+    @property
+    def where(self) -> str:
+        """Its address, for messages."""
 
     def read(self, name: str, start: int = 0, length: int = WINDOW) -> Piece | None:
         """At most `length` bytes from `start` on, fewer only at the end. None: there is no such object."""
@@ -120,5 +122,3 @@ def whole(bucket: Bucket, name: str, most: int) -> bytes | None:
     """All bytes of an object, or None. Raises Unreachable, also where there are more than `most`."""
     parts = stream(bucket, name, most)
     return None if parts is None else b"".join(parts)
-
-

@@ -102,7 +102,7 @@ def _unpacked(parts: Iterator[memoryview], nbytes: int) -> Iterator[memoryview]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
     left = nbytes
     try:
-        reader = decompressor.stream_reader(_File(parts))
+        reader = decompressor.stream_reader(_File(parts))  # type: ignore[arg-type]  # it only reads
         while piece := reader.read(min(_CHUNK, left + 1)):
             left -= len(piece)
             if left < 0:

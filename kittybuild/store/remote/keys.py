@@ -11,8 +11,12 @@ import os
 import re
 import stat
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kittybuild.errors import RemoteError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9]{1,6}")
 _HINT = "a key is `name-1:` and base64; `kittybuild cache keygen NAME` makes one"
@@ -100,7 +104,7 @@ class SigningKey:
         """The signature over `message`, as `name-1:base64`."""
         return f"{self.name}:{base64.b64encode(self._key().sign(message)).decode()}"
 
-    def _key(self):  # type: ignore[no-untyped-def]  # cryptography is imported only where a key is used
+    def _key(self) -> Ed25519PrivateKey:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         return Ed25519PrivateKey.from_private_bytes(self.seed)

@@ -137,7 +137,7 @@ def connect(url: str) -> Bucket:
     }
     try:
         more = {"config": config} if config else {}
-        store: Any = from_url(plain, client_options=options, retry_config=retry, **more)  # type: ignore[arg-type,call-overload]
+        store: Any = from_url(plain, client_options=options, retry_config=retry, **more)  # type: ignore[call-overload]
         return Retried(Objects(store, plain))
     except (BaseError, ValueError, TypeError) as error:
         raise RemoteError("KB801", f"not the address of a cache: {_short(error)}", at=plain) from error

@@ -139,6 +139,8 @@ class Substituters:
 
         None: nobody has it, and what was written is void.
         """
+        if nbytes == 0:
+            return xxh3_64().hexdigest()
         for cache in self._open():
             began = time.monotonic()
             try:
