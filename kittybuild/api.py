@@ -144,12 +144,13 @@ def prepare(
     capability: str | None = None,
     offline: bool = False,
     caches: bool = False,
+    unread: bool = False,
 ) -> Prepared:
     """Find the sources and name the outputs. `folder` takes the place of the one output's own.
 
     Sources on the Hub are what the recipe's lock says; those that it lacks are asked for, unless `offline`.
     `capability`: the instruction set that torch is told to use (ATEN_CPU_CAPABILITY), if it is told. `caches`: there
-    are some, so that sources need not be here if the lock has the digests of their files.
+    are some, so that sources need not be here if the lock has the digests of their files; `unread`: none need be read.
     """
     wanted = targets(recipe, stages)
     top = os.path.dirname(os.path.abspath(recipe.file))
@@ -161,7 +162,7 @@ def prepare(
             )
         folders = {wanted[0]: os.path.abspath(folder)}
     decls, lock = source_names(recipe), read_lock(recipe.file)
-    absent = absent_pins(decls, locate(recipe, decls, lock), lock) if caches else {}
+    absent = absent_pins(decls, locate(recipe, decls, lock), lock, unread=unread) if caches else {}
     here = {name: decl for name, decl in decls.items() if name not in absent}
     paths = locate(recipe, here)
     _check_folders(recipe, folders, paths)

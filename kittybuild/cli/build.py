@@ -75,14 +75,10 @@ def command(
     numerics: str | None,
     files: tuple[str, ...],
     offline: bool,
-    substituters: tuple[str, ...],
-    trusted: tuple[str, ...],
-    fetch: str,
-    quorum: int,
-    audit: float,
     check_model: bool,
     as_json: bool,
     verbose: bool,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Build the outputs of RECIPE (a recipe of ours or a mergekit YAML), or the STAGEs named."""
     builders = load(files)
@@ -90,15 +86,7 @@ def command(
     if not parsed.outputs and output is None and not stages:
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
     with shown() as events, Store.open(store_folder(store, recipe)) as opened:
-        caches = offers(
-            recipe,
-            events.note,
-            substituters=substituters,
-            trusted=trusted,
-            fetch=fetch,
-            quorum=quorum,
-            audit=audit,
-        )
+        caches = offers(recipe, events.note, **asked)
         prepared = api.prepare(parsed, stages, output, builders, capability(), offline, caches=caches is not None)
         report = api.build(
             prepared,

@@ -119,7 +119,7 @@ def pull(
         found = offers(recipe, events.note, substituters=urls, trusted=trusted, fetch=ALWAYS, quorum=quorum, audit=0.0)
         if found is None:
             raise RemoteError("KB808", "there is no cache to pull from", at=recipe, hint="name one with --from URL")
-        prepared = api.prepare(parsed, stages, None, builders, capability(), offline, caches=True)
+        prepared = api.prepare(parsed, stages, None, builders, capability(), offline, caches=True, unread=True)
         done = api.pull(prepared, opened, found, events, builders)
     if not as_json:
         click.echo(f"{done.fetched} tensors fetched ({amount(done.bytes)}), {done.lacking} are in no cache")

@@ -67,7 +67,7 @@ def absent_pins(decls: Mapping[str, SourceDecl], paths: Mapping[str, str], lock:
         pin = pin_of(lock, name, words_of(decl, path))
         if pin is None or (decl.hub and path is None) or not all(file.sha256 for file in pin.files):
             continue
-        if path is None or not all(os.path.exists(place_of(path, file.name)) for file in pin.files):
+        if unread or path is None or not all(os.path.exists(place_of(path, file.name)) for file in pin.files):
             found[name] = pin
     return found
 
