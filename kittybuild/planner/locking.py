@@ -59,8 +59,13 @@ def pinned_sources(
     return Pinned(pins, tuple(fresh))
 
 
-def absent_pins(decls: Mapping[str, SourceDecl], paths: Mapping[str, str], lock: Mapping[str, Pin]) -> dict[str, Pin]:
-    """The pins of sources of which a file is not here, where the lock has the SHA-256 of every file."""
+def absent_pins(
+    decls: Mapping[str, SourceDecl], paths: Mapping[str, str], lock: Mapping[str, Pin], *, unread: bool = False
+) -> dict[str, Pin]:
+    """The pins of sources of which a file is not here, where the lock has the SHA-256 of every file.
+
+    `unread`: also of those that are here, for who will not read them.
+    """
     found = {}
     for name, decl in decls.items():
         path = paths.get(name)

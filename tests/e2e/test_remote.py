@@ -170,7 +170,7 @@ class TestPoison:
         pushed: tuple[Machine, Path],
         second: Machine,
         ask: tuple[str | Path, ...],
-        told: str
+        told: str,
         computed: int = 12,
     ) -> None:
         from click.testing import CliRunner
