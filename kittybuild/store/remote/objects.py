@@ -16,10 +16,13 @@ from kittybuild.errors import RemoteError, nearest
 from kittybuild.store.remote.bucket import WINDOW, Bucket, Piece, Retried, Unreachable
 
 if TYPE_CHECKING:
+    from obstore import GetResult
     from obstore.store import ObjectStore
 
 SCHEMES = ("file", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https")
 _TIMEOUT = timedelta(seconds=60)
+_NO_RANGES = "Received non-partial response when range requested"
+_MOST_BEGUN = 32
 
 
 class Objects:
@@ -28,11 +31,16 @@ class Objects:
     def __init__(self, store: ObjectStore, where: str) -> None:
         self._store = store
         self.where = where
+        self._ranges = True
+        self._begun: dict[tuple[str, int], _Answer] = {}
 
     def read(self, name: str, start: int = 0, length: int = WINDOW) -> Piece | None:
         """See Bucket."""
         import obstore
+        from obstore.exceptions import BaseError
 
+        if not self._ranges:
+            return self._passing(name, start, length)
         with _told(self.where):
             try:
                 answer = obstore.get(self._store, name, options={"range": (start, start + length)})
@@ -43,22 +51,44 @@ class Objects:
                 data = memoryview(answer.bytes())
             except FileNotFoundError:
                 return None
+            except BaseError as error:
+                if _NO_RANGES not in str(error):
+                    raise
+                self._ranges = False
+                return self._passing(name, start, length)
         if len(data) != min(length, total - start):
             raise Unreachable(f"{name}: the answer ends too early")
         return Piece(data, total)
+
+    def _passing(self, name: str, start: int, length: int) -> Piece | None:
+        """The same from a server that knows no ranges: the next bytes of an answer that was begun, or of a new one."""
+        import obstore
+
+        with _told(self.where):
+            answer = self._begun.pop((name, start), None)
+            try:
+                answer = answer or _Answer(obstore.get(self._store, name), start)
+            except FileNotFoundError:
+                return None
+            data = answer.next(length)
+        if start + len(data) < answer.total:
+            self._begun[(name, start + len(data))] = answer
+            while len(self._begun) > _MOST_BEGUN:
+                self._begun.pop(next(iter(self._begun)), None)
+        return Piece(data, answer.total)
 
     def put(self, name: str, data: memoryview) -> None:
         """See Bucket."""
         import obstore
 
         with _told(self.where):
-            obstore.put(self._store, name, data, use_multipart=len(data) > 8 * WINDOW and self._multipart)
+            obstore.put(self._store, name, data, use_multipart=len(data) > 8 * WINDOW and not self._http)
 
     @property
-    def _multipart(self) -> bool:
+    def _http(self) -> bool:
         from obstore.store import HTTPStore
 
-        return not isinstance(self._store, HTTPStore)
+        return isinstance(self._store, HTTPStore)
 
     def head(self, name: str) -> int | None:
         """See Bucket."""
@@ -76,11 +106,24 @@ class Objects:
 
         with _told(self.where):
             try:
+                if self._http:
+                    yield from self._walk(folder)
+                    return
                 for some in obstore.list(self._store, folder):
                     for each in some:
                         yield str(each["path"]), int(each["size"])
             except FileNotFoundError:
                 return
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
+        """The same folder by folder: WebDAV servers forbid to list all at once."""
+        import obstore
+
+        found = obstore.list_with_delimiter(self._store, folder)
+        for each in found["objects"]:
+            yield str(each["path"]), int(each["size"])
+        for inner in found["common_prefixes"]:
+            yield from self._walk(inner)
 
     def delete(self, name: str) -> None:
         """See Bucket."""
@@ -93,13 +136,32 @@ class Objects:
                 return
 
 
+class _Answer:
+    """The bytes of a whole object as they come, without the first `skip`."""
+
+    def __init__(self, answer: GetResult, skip: int) -> None:
+        self.total = int(answer.meta["size"])
+        self._parts = iter(answer.stream(min_chunk_size=1 << 16))
+        self._rest = b""
+        while skip > 0:
+            skip -= len(self.next(min(skip, WINDOW))) or skip
+
+    def next(self, length: int) -> memoryview:
+        """At most `length` bytes more, fewer only at the end."""
+        data = bytearray(self._rest)
+        while len(data) < length and (part := next(self._parts, None)) is not None:
+            data += part
+        self._rest = bytes(data[length:])
+        return memoryview(data)[:length]
+
+
 @contextmanager
 def _told(where: str) -> Iterator[None]:
     from obstore.exceptions import BaseError
 
     try:
         yield
-    except (BaseError, OSError) as error:
+    except (BaseError, OSError, ValueError) as error:  # ValueError: a name with `..` in it
         raise Unreachable(_short(error)) from error
 
 
