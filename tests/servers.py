@@ -43,22 +43,23 @@ def free_port() -> int:
 
 @contextmanager
 def moto() -> Iterator[str]:
-    """S3 by moto; the URL of a bucket."""
+    """S3 by moto; the URL of a new bucket: what is in the others stays in this process."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     try:
-        _make_bucket(f"{host}:{port}")
-        yield f"s3://cache/team?endpoint=http://{host}:{port}&{SECRETS}"
+        name = f"cache-{os.urandom(8).hex()}"
+        _make_bucket(f"{host}:{port}", name)
+        yield f"s3://{name}/team?endpoint=http://{host}:{port}&{SECRETS}"
     finally:
         server.stop()
 
 
-def _make_bucket(place: str) -> None:
+def _make_bucket(place: str, name: str) -> None:
     connection = http.client.HTTPConnection(place)
-    connection.request("PUT", "/cache")
+    connection.request("PUT", f"/{name}")
     assert connection.getresponse().status == 200
     connection.close()
 

@@ -116,14 +116,17 @@ class Objects:
                 return
 
     def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
-        """The same folder by folder: WebDAV servers forbid to list all at once."""
+        """The same folder by folder: WebDAV servers forbid to list all at once. Their names begin with the URL's path,
+        and a folder is listed in itself."""
         import obstore
 
+        base = urlsplit(self.where).path.strip("/") + "/"
         found = obstore.list_with_delimiter(self._store, folder)
         for each in found["objects"]:
-            yield str(each["path"]), int(each["size"])
+            yield str(each["path"]).removeprefix(base), int(each["size"])
         for inner in found["common_prefixes"]:
-            yield from self._walk(inner)
+            if (name := str(inner).removeprefix(base)).startswith(f"{folder}/"):
+                yield from self._walk(name)
 
     def delete(self, name: str) -> None:
         """See Bucket."""
