@@ -29,6 +29,7 @@ _OPTIONS = (
     click.option(
         "--fetch",
         type=click.Choice(MODES),
+        metavar="MODE",
         default=AUTO,
         show_default=True,
         help="What to take from caches: what is faster to fetch than to compute, all, or nothing.",

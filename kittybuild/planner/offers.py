@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from kittybuild.digest import Digest
-from kittybuild.store.remote.substituters import Claimed, Substituters, Write
 from kittybuild.tensors import TensorRef, TensorSpec
+
+if TYPE_CHECKING:
+    from kittybuild.store.remote.substituters import Claimed, Substituters, Write
 
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 MODES = (AUTO, ALWAYS, NEVER)

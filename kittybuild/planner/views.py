@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kittybuild.checkpoint.folder import unknown_source
 from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
@@ -18,9 +18,11 @@ from kittybuild.errors import KittybuildError, PlanError, raise_all
 from kittybuild.model.derivation import Input, SourceTensor
 from kittybuild.model.lock import REPOSITORY, Pin
 from kittybuild.model.recipe import At, ModelRef, Recipe, SourceDecl
-from kittybuild.planner.absent import Absent, open_absent
-from kittybuild.planner.offers import Offers
-from kittybuild.store.store import Store
+
+if TYPE_CHECKING:
+    from kittybuild.planner.absent import Absent
+    from kittybuild.planner.offers import Offers
+    from kittybuild.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def open_all(paths: Mapping[str, str], pins: Mapping[str, Pin] | None = None, we
 
 def with_absent(sources: Sources, pins: Mapping[str, Pin], store: Store, offers: Offers) -> Sources:
     """The sources, and with them those whose files are not here. Raises SourceError KB260, all at once."""
+    from kittybuild.planner.absent import open_absent
+
     problems: list[KittybuildError] = []
     checkpoints, absent = dict(sources.checkpoints), {}
     for name, pin in pins.items():

@@ -157,7 +157,11 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 # ---- commands.md
 
 
-COMMANDS = ("build", "plan", "lock", "methods", "store info", "store roots", "store gc", "store check", "store repair")
+COMMANDS = (
+    *("build", "plan", "lock", "methods"),
+    *("store info", "store roots", "store gc", "store check", "store repair"),
+    *("cache keygen", "cache push", "cache pull", "cache info"),
+)
 
 
 def option_words(option: click.Option) -> list[str]:
