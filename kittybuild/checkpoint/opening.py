@@ -35,6 +35,11 @@ def package_file(package: str, file: str) -> str:
     )
 
 
+def place_of(path: str, name: str) -> str:
+    """Where the file `name` of the source at `path` is: in that folder, or it is that file, or beside it."""
+    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), *name.split("/"))
+
+
 def package_version(package: str) -> str:
     """The version of an installed package, for the lock; `unknown` for one that is only on the path."""
     try:

@@ -17,7 +17,7 @@ _SELDOM = (
     10,
 )  # what torch makes at its start is kept: looking through it again and again costs half a second
 _COMMANDS = MappingProxyType(
-    {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store")}
+    {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store", "cache")}
 )
 
 

@@ -11,6 +11,7 @@ import click
 
 from kittybuild import api
 from kittybuild.builders.plugins import load
+from kittybuild.cli.caches import caches_options, offers
 from kittybuild.cli.common import (
     JSON,
     METHODS,
@@ -55,6 +56,7 @@ def peak_rss() -> int:
 @NUMERICS
 @METHODS
 @OFFLINE
+@caches_options
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
 @click.option("--check", is_flag=True, help="Build all of it a second time, in an empty store, and compare.")
 @click.option(
@@ -79,14 +81,16 @@ def command(
     attest: str | None,
     as_json: bool,
     verbose: bool,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Build the outputs of RECIPE (a recipe of ours or a mergekit YAML), or the STAGEs named."""
     builders = load(files)
     parsed = api.read_recipe(recipe, builders, numerics)
     if not parsed.outputs and output is None and not stages:
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
-    prepared = api.prepare(parsed, stages, output, builders, capability(), offline)
-    with Store.open(store_folder(store, recipe)) as opened, shown() as events:
+    with shown() as events, Store.open(store_folder(store, recipe)) as opened:
+        caches = offers(recipe, events.note, **asked)
+        prepared = api.prepare(parsed, stages, output, builders, capability(), offline, caches=caches is not None)
         report = api.build(
             prepared,
             opened,
@@ -96,6 +100,7 @@ def command(
             events=events,
             builders=builders,
             attest=_key(attest) if attest else None,
+            offers=caches,
         )
         if check:
             from kittybuild.reproduce import Limits, rebuilt
@@ -103,16 +108,7 @@ def command(
             limits = Limits(memory, jobs or cores(), workers == "processes")
             other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events)
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
-    document = {
-        "ok": True,
-        "stages": {name: stage.to_json() for name, stage in report.stages.items()},
-        "outputs": {name: out.to_json() for name, out in report.outputs.items()},
-        "bytes": {"read": report.bytes_read, "written": report.bytes_written},
-        "downloaded": report.bytes_fetched,
-        "seconds": round(report.seconds, 3),
-        "peak_rss": peak_rss() + report.workers_peak,
-        "notes": notes,
-    }
+    document = _document(report, notes)
     if not as_json:
         _print(report, notes, verbose)
     for name, stage in report.stages.items():
@@ -125,6 +121,19 @@ def command(
     return document
 
 
+def _document(report: api.BuildReport, notes: list[str]) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "stages": {name: stage.to_json() for name, stage in report.stages.items()},
+        "outputs": {name: out.to_json() for name, out in report.outputs.items()},
+        "bytes": {"read": report.bytes_read, "written": report.bytes_written},
+        "downloaded": report.bytes_fetched,
+        "seconds": round(report.seconds, 3),
+        "peak_rss": peak_rss() + report.workers_peak,
+        "notes": notes,
+    }
+
+
 def _key(path: str) -> SigningKey:
     from kittybuild.store.remote.keys import SigningKey
 
@@ -135,7 +144,10 @@ def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:
     for note in notes:
         click.echo(f"note: {note}", err=True)
     for name, stage in report.stages.items():
-        click.echo(f"{name}: {stage.tensors} tensors, {stage.computed} computed, {stage.cached} from the store")
+        fetched = f"{stage.fetched} fetched, " if stage.fetched else ""
+        click.echo(
+            f"{name}: {stage.tensors} tensors, {stage.computed} computed, {fetched}{stage.cached} from the store"
+        )
         if verbose:
             click.echo(f"  manifest {stage.manifest}")
     for out in report.outputs.values():

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
-import yaml
 
-from kittybuild.errors import KittybuildError, Problems, RecipeError, UsageError
+from kittybuild.cli.settings import project_settings
+from kittybuild.errors import KittybuildError, Problems, UsageError
 from kittybuild.recipe.parse import parse_size
 
 INTERRUPTED = 130
@@ -76,31 +76,11 @@ def store_folder(given: str | None, recipe: str | None) -> str:
     """Where the store is: the option, the environment, the nearest kittybuild.yml, the user's cache folder."""
     if given or (given := os.environ.get("KITTYBUILD_STORE")):
         return os.path.abspath(given)
-    folder = os.path.dirname(os.path.abspath(recipe)) if recipe else os.getcwd()
-    while True:
-        settings = os.path.join(folder, "kittybuild.yml")
-        if os.path.isfile(settings):
-            if found := _store_in(settings):
-                return os.path.join(folder, os.path.expanduser(found))
-            break
-        if folder == os.path.dirname(folder):
-            break
-        folder = os.path.dirname(folder)
+    settings = project_settings(recipe)
+    if settings.store:
+        return os.path.join(settings.folder, os.path.expanduser(settings.store))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(cache, "kittybuild", "store")
-
-
-def _store_in(settings: str) -> str | None:
-    try:
-        with open(settings, encoding="utf-8") as text:
-            found = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError("KB101", f"cannot read the settings: {error}", at=settings) from error
-    if found is None:
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("store", ""), str):
-        raise RecipeError("KB103", "the settings are not `store: FOLDER`", at=settings, hint="write `store: store/`")
-    return found.get("store")
 
 
 class Found(Problems):

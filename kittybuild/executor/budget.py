@@ -47,11 +47,11 @@ def cost(builder: Builder, drv: Derivation, elements: int) -> int:
     return block_bytes(builder, drv, min(elements, drv.output.numel)) + whole + selected
 
 
-class Budget:
-    """Admits work while the sum of its costs stays within the budget; a work larger than it is admitted alone."""
+class Admission:
+    """Admits work while the sum of its costs stays within `total`; a work larger than it is admitted alone."""
 
-    def __init__(self, memory: int) -> None:
-        self.total = max(LEAST, memory - BASELINE)
+    def __init__(self, total: int) -> None:
+        self.total = total
         self._used = 0
         self._free = threading.Condition()
 
@@ -67,3 +67,10 @@ class Budget:
             with self._free:
                 self._used -= nbytes
                 self._free.notify_all()
+
+
+class Budget(Admission):
+    """Admits work while the sum of its costs stays within the memory budget."""
+
+    def __init__(self, memory: int) -> None:
+        super().__init__(max(LEAST, memory - BASELINE))

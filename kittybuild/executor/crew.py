@@ -1,4 +1,4 @@
-"""The threads of one run: makers of tensors, a finisher of packs, and a syncer that keeps the disk busy meanwhile.
+"""The threads of one run: makers of tensors, fetchers, a finisher of packs, and a syncer that keeps the disk busy.
 
 After the first error nothing new is begun, and that error is the one that is raised.
 """
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from kittybuild.store.remote.substituters import STREAMS
+
 T = TypeVar("T")
 
 
@@ -19,6 +21,7 @@ class Crew:
     def __init__(self, jobs: int, interrupt: Callable[[], None]) -> None:
         self._interrupt = interrupt
         self._makers = ThreadPoolExecutor(jobs, "make")
+        self._fetchers = ThreadPoolExecutor(STREAMS, "fetch")
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._syncer = ThreadPoolExecutor(1, "sync")
         self._lock = threading.Lock()
@@ -27,6 +30,10 @@ class Crew:
     def make(self, work: Callable[[], T]) -> Future[T]:
         """Have a maker do `work`."""
         return self._makers.submit(self._guarded, work)
+
+    def fetch(self, work: Callable[[], T]) -> Future[T]:
+        """Have a fetcher do `work`, which waits for the network, and may wait for makers."""
+        return self._fetchers.submit(self._guarded, work)
 
     def finish(self, work: Callable[[], T]) -> Future[T]:
         """Have the finisher do `work`, which may wait for makers; it is done even after an error, to clean up."""
@@ -70,5 +77,5 @@ class Crew:
             self._first(error)
         if error is not None and not isinstance(error, Exception):  # a person does not want to wait
             self._interrupt()
-        for pool in (self._makers, self._finisher, self._syncer):
+        for pool in (self._fetchers, self._makers, self._finisher, self._syncer):
             pool.shutdown(wait=True)

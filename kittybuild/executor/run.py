@@ -9,10 +9,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from kittybuild.builders.base import Builders
 from kittybuild.checkpoint.reading import Files
@@ -24,6 +25,7 @@ from kittybuild.executor.events import Events
 from kittybuild.executor.finite import not_finite
 from kittybuild.executor.order import needs_torch
 from kittybuild.executor.realise import Made, Realiser, remember_sources
+from kittybuild.executor.substitute import check_claim, substituted
 from kittybuild.executor.workers import Processes, Threads, Workers
 from kittybuild.model.derivation import Derivation, SourceTensor, StageTensor, Step
 from kittybuild.model.manifest import ManifestShard
@@ -31,7 +33,7 @@ from kittybuild.model.plan import StagePlan
 from kittybuild.planner.known import Known
 from kittybuild.planner.lower import DEFAULT_SHARD, shards_of
 from kittybuild.planner.recall import PROBES_PER_HIT, probes, recalled, unresolved
-from kittybuild.planner.work import Shard, has_bytes, layout_of, stage_work
+from kittybuild.planner.work import Shard, StageWork, fetchable, has_bytes, layout_of, stage_work
 from kittybuild.store.problems import DamagedTensor
 from kittybuild.store.store import Location, Store
 from kittybuild.store.writer import PATIENCE, PackWriter
@@ -50,6 +52,7 @@ class StageResult:
 
     tensors: int
     computed: int = 0
+    fetched: int = 0
     written: int = 0
     linked: int = 0
     shards: list[ManifestShard] = field(default_factory=list)
@@ -104,7 +107,7 @@ def _until_sound(job: _Job) -> Amounts:
     known, store, damaged = job.known, job.store, set[str]()
     while True:
         try:
-            return _attempt(job, Known(known.plan, known.sources, store) if damaged else known)
+            return _attempt(job, Known(known.plan, known.sources, store, known.offers) if damaged else known)
         except DamagedTensor as damage:
             if damage.path in damaged or len(damaged) == MOST_DAMAGED:
                 message = f"damaged tensors turn up again and again: {damage.message}"
@@ -154,6 +157,7 @@ class _Run:
         self.written = self.unflushed = 0
         self.announced: set[SourceTensor] = set()
         self.counting = threading.Lock()
+        self.disappointed: Future[None] = Future()
 
     def all_stages(self) -> None:
         """Build all stages, one after the other."""
@@ -186,24 +190,39 @@ class _Run:
         self._check_known(stage)
         result.shards.clear()
         result.linked = result.written = 0
-        self.events.stage(name, sum(spec.nbytes for spec in work.specs((*work.compute, *work.copy))))
+        self.events.stage(name, sum(spec.nbytes for spec in work.specs((*work.compute, *work.copy, *work.fetch))))
         shards: Iterable[Shard] = work.shards
         if not stage.shards:
-            groups = shards_of({name: stage.steps[name] for name in work.compute}, DEFAULT_SHARD)
-            shards = [Shard(layout_of(stage, names), None, False) for names in groups if names]
-        drvs = [self._behind(stage.steps[tensor]) for tensor in work.compute]
-        if any(drvs):
-            self.workers.start(torch=any(needs_torch(drv) for drv in drvs if drv))
+            making = {name: step for name, step in stage.steps.items() if name in {*work.compute, *work.fetch}}
+            shards = [
+                Shard(layout_of(stage, names), None, False) for names in shards_of(making, DEFAULT_SHARD) if names
+            ]
+        self._start(work, work.compute)
         begun: list[tuple[Shard, Future[ManifestShard]]] = []
         for index, shard in enumerate(shards):
             begun.append((shard, self._shard(stage, shard, result)))
             if index >= OPEN_PACKS:
-                self.crew.result(begun[index - OPEN_PACKS][1])
+                self._result(work, begun[index - OPEN_PACKS][1])
         for shard, done in begun:
-            result.shards.append(self.crew.result(done))
+            result.shards.append(self._result(work, done))
             result.linked += shard.present
             result.written += not shard.present
             self.written += 0 if shard.present else shard.layout.size
+
+    def _start(self, work: StageWork, names: Iterable[str]) -> None:
+        """Start the workers if one of these tensors is made by them."""
+        drvs = [drv for name in names if (drv := self._behind(work.stage.steps[name]))]
+        if drvs:
+            self.workers.start(torch=any(map(needs_torch, drvs)))
+
+    def _result(self, work: StageWork, done: Future[ManifestShard]) -> ManifestShard:
+        """The shard when it is done. If fetching fails meanwhile, there must be workers: this is the thread for it."""
+        if work.fetch:
+            either: list[Future[Any]] = [done, self.disappointed]
+            wait(either, return_when=FIRST_COMPLETED)
+            if self.disappointed.done():
+                self._start(work, (*work.compute, *work.fetch))
+        return self.crew.result(done)
 
     def _behind(self, step: Step) -> Derivation | None:
         """The derivation behind a step; None for a source's tensor."""
@@ -227,7 +246,7 @@ class _Run:
             return ready
         writer = self.store.write_pack(shard.layout.tensors)
         fill = partial(self._fill, stage, writer, result)
-        tasks = [self.crew.make(partial(fill, name, 0.0)) for name in names]
+        tasks = [self._begin(stage, writer, result, name, fill) for name in names]
         return self.crew.finish(partial(self._finish, writer, tasks, fill, names))
 
     def _finish(
@@ -246,6 +265,34 @@ class _Run:
             writer.abandon()
             raise
         return ManifestShard(pack.digest, pack.size, names)
+
+    def _begin(self, stage: StagePlan, writer: PackWriter, result: StageResult, name: str, fill: Fill) -> Future[bool]:
+        """Begin a tensor: those that are fetched wait for the network, and not for makers."""
+        make = partial(fill, name, 0.0)
+        if fetchable(self.known, stage.steps[name], stage.name, name):
+            return self.crew.fetch(partial(self._fetch, stage, writer, result, name, make))
+        return self.crew.make(make)
+
+    def _fetch(
+        self, stage: StagePlan, writer: PackWriter, result: StageResult, name: str, make: Callable[[], bool]
+    ) -> bool:
+        """Fetch a tensor, if that still pays; else have it made."""
+        step = stage.steps[name]
+        made = None
+        if fetchable(self.known, step, stage.name, name):
+            made = substituted(self.known, step, stage.name, name, _Slot(writer, name))
+        if made is None:
+            with self.counting:
+                if not self.disappointed.done():
+                    self.disappointed.set_result(None)
+            return self.crew.make(make).result()
+        writer.done(name, made.ref, made.xxh3, made.key)
+        with self.counting:
+            result.fetched += 1
+        self.realiser.check_finite(stage.name, name, made)
+        self.events.advance(step.spec.nbytes)
+        self._flush_now_and_then(writer, step.spec.nbytes)
+        return True
 
     def _fill(
         self, stage: StagePlan, writer: PackWriter, result: StageResult, name: str, patience: float | None
@@ -292,6 +339,7 @@ class _Run:
             begun = time.monotonic()
             made = self.realiser.make(f"{stage.name}: {name}", drv, writer.place(name))
             self.costs[made.ref.digest] = time.monotonic() - begun
+        check_claim(self.known, made, f"{stage.name}: {name}")
         self.known.learn(step if isinstance(step, StageTensor) else StageTensor(stage.name, name, step.spec), made.ref)
         self._done(stage, writer, name, made, result)
         refs = {given: self.known.ref(given) for given in self.known.sources_of(drv)}

@@ -11,7 +11,7 @@ from kittybuild.checkpoint.sources.ranges import Range, joined, size_of
 from kittybuild.model.derivation import SourceTensor, StageTensor, Step
 from kittybuild.model.plan import inputs_of
 from kittybuild.planner.known import Known
-from kittybuild.planner.work import stage_work
+from kittybuild.planner.work import fetchable, stage_work
 
 WHOLE_FROM = 0.5
 
@@ -39,7 +39,8 @@ def needed_sources(known: Known) -> tuple[SourceTensor, ...]:
             elif given not in seen:
                 seen.add(given)
                 ref = known.ref(given)
-                if ref is None or known.location(ref.digest) is None:
+                lacking = ref is None or known.location(ref.digest) is None
+                if lacking and not fetchable(known, given, given.stage, given.name):
                     reach(known.plan.step(given))
 
     for name, stage in known.plan.stages.items():

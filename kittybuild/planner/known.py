@@ -13,6 +13,7 @@ from kittybuild.digest import Digest, tagged
 from kittybuild.errors import SourceError
 from kittybuild.model.derivation import Derivation, Input, SourceTensor, StageTensor, Step
 from kittybuild.model.plan import Plan, inputs_of
+from kittybuild.planner.offers import Offers
 from kittybuild.planner.views import Sources
 from kittybuild.store.store import Location, Store
 from kittybuild.tensors import TensorRef
@@ -21,8 +22,8 @@ from kittybuild.tensors import TensorRef
 class Known:
     """The contents known so far, and where they lie. Looked up in bulk, stage by stage; never forgets."""
 
-    def __init__(self, plan: Plan, sources: Sources, store: Store | None) -> None:
-        self.plan, self.sources, self.store = plan, sources, store
+    def __init__(self, plan: Plan, sources: Sources, store: Store | None, offers: Offers | None = None) -> None:
+        self.plan, self.sources, self.store, self.offers = plan, sources, store, offers
         self._listed = {file for checkpoint in sources.checkpoints.values() for file in checkpoint.files}
         self._file_ids: dict[str, FileId] = {}
         self._memos: dict[str, Mapping[str, Digest]] = {}
@@ -42,10 +43,9 @@ class Known:
     def memo_name(self, entry: Entry) -> str:
         """Under which name the memo of its file keeps the digest of a tensor: decoded tensors count by their decoder,
         and by the other files that it reads; plain ones in a pinned file by their place, whatever they are called."""
-        if entry.encoding == RAW and self.file_id(entry.file).content:
-            return f"{entry.offset}+{entry.nbytes}"
-        others = [self.file_id(path).key().hex for path in entry.files[1:]]
-        return entry.name if entry.encoding == RAW else "/".join([entry.encoding, "1", *others, entry.name])
+        if entry.encoding == RAW and not self.file_id(entry.file).content:
+            return entry.name
+        return pinned_memo_name(entry, [self.file_id(path).key() for path in entry.files[1:]])
 
     def check_unchanged(self, path: str) -> None:
         """Raise SourceError KB210 if a source file is not the one whose header was read any more."""
@@ -105,6 +105,25 @@ class Known:
         for key, ref in self.store.realisations(keys).items():
             for tensor in keys[key]:
                 self._refs[tensor] = ref
+        if self.offers is not None:
+            self._ask(stage, self.offers)
+
+    def _ask(self, stage: str, offers: Offers) -> None:
+        """Learn from caches what is not known here, or not here any more."""
+        drvs = self.plan.stages[stage].derivations
+        keys = {name: self.key(drv) for name, drv in drvs.items()}
+        tensors = {name: StageTensor(stage, name, drv.spec) for name, drv in drvs.items()}
+        self.locate([ref.digest for tensor in tensors.values() if (ref := self._refs.get(tensor))])
+        lacking = {
+            name: key
+            for name, key in keys.items()
+            if key is not None and ((ref := self._refs.get(tensors[name])) is None or self.location(ref.digest) is None)
+        }
+        whole = [key for key in keys.values() if key is not None] if all(keys.values()) else None
+        found = offers.ask({key: drvs[name].spec for name, key in lacking.items()}, whole)
+        for name, key in lacking.items():
+            if key in found:
+                self._refs.setdefault(tensors[name], found[key].ref)
 
     def sources_of(self, step: Step) -> Iterator[SourceTensor]:
         """All source tensors behind a step."""
@@ -164,6 +183,13 @@ class Known:
     def contents(self) -> tuple[tuple[Input, TensorRef], ...]:
         """Everything known so far."""
         return tuple(self._refs.items())
+
+
+def pinned_memo_name(entry: Entry, others: Iterable[Digest]) -> str:
+    """The name of a tensor in the memo of a pinned file. `others`: the keys of the other files that it reads."""
+    if entry.encoding == RAW:
+        return f"{entry.offset}+{entry.nbytes}"
+    return "/".join([entry.encoding, "1", *(key.hex for key in others), entry.name])
 
 
 def _changed(path: str) -> SourceError:

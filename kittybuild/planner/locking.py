@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kittybuild import __version__
-from kittybuild.checkpoint.opening import open_source, package_version
+from kittybuild.checkpoint.opening import open_source, package_version, place_of
 from kittybuild.checkpoint.source import Checkpoint
 from kittybuild.checkpoint.sources.cached import digests
 from kittybuild.checkpoint.sources.hub import pin_repository
@@ -45,7 +45,7 @@ def pinned_sources(
     problems: list[KittybuildError] = []
     pins, fresh = {}, []
     for name, decl in decls.items():
-        pin = _of(lock, name, words_of(decl, paths.get(name)))
+        pin = pin_of(lock, name, words_of(decl, paths.get(name)))
         try:
             if name in paths:
                 _check_sizes(name, pin, paths[name])
@@ -59,12 +59,30 @@ def pinned_sources(
     return Pinned(pins, tuple(fresh))
 
 
+def absent_pins(
+    decls: Mapping[str, SourceDecl], paths: Mapping[str, str], lock: Mapping[str, Pin], *, unread: bool = False
+) -> dict[str, Pin]:
+    """The pins of sources of which a file is not here, where the lock has the SHA-256 of every file.
+
+    `unread`: also of those that are here, for who will not read them.
+    """
+    found = {}
+    for name, decl in decls.items():
+        path = paths.get(name)
+        pin = pin_of(lock, name, words_of(decl, path))
+        if pin is None or (decl.hub and path is None) or not all(file.sha256 for file in pin.files):
+            continue
+        if unread or path is None or not all(os.path.exists(place_of(path, file.name)) for file in pin.files):
+            found[name] = pin
+    return found
+
+
 def words_of(decl: SourceDecl, path: str | None) -> dict[str, str]:
     """The words by which a pin knows its source. `path`: where it lies, if it is not on the Hub."""
     return (replace(decl, hub=None) if path else decl).words
 
 
-def _of(lock: Mapping[str, Pin], name: str, words: Mapping[str, str]) -> Pin | None:
+def pin_of(lock: Mapping[str, Pin], name: str, words: Mapping[str, str]) -> Pin | None:
     """The pin of a source, if it is about what the recipe says now."""
     pin = lock.get(name)
     return pin if pin and pin.words == words else None
@@ -81,7 +99,7 @@ def _pin_now(decl: SourceDecl, web: Web) -> Pin:
 
 def _check_sizes(name: str, pin: Pin | None, path: str) -> None:
     for file in pin.files if pin else ():
-        place = os.path.join(path, file.name) if os.path.isdir(path) else os.path.join(os.path.dirname(path), file.name)
+        place = place_of(path, file.name)
         size = os.stat(place).st_size if os.path.isfile(place) else None
         if size != file.size:
             found = "is not there" if size is None else f"has {size} bytes"
@@ -108,7 +126,7 @@ def locked(
     problems: list[KittybuildError] = []
     found = {}
     for name, decl in decls.items():
-        pin = None if name in update else _of(lock, name, words_of(decl, paths.get(name)))
+        pin = None if name in update else pin_of(lock, name, words_of(decl, paths.get(name)))
         try:
             found[name] = pin or new_pin(decl, paths.get(name), web)
         except KittybuildError as error:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from kittybuild.checkpoint.folder import unknown_source
 from kittybuild.checkpoint.opening import find, fingerprint, open_source, package_file
 from kittybuild.checkpoint.source import RAW, Checkpoint, FileId
 from kittybuild.checkpoint.sources.cached import Cached
-from kittybuild.checkpoint.sources.hub import bring_entry, identity, open_pinned
+from kittybuild.checkpoint.sources.hub import bring_entry, entry_here, identity, open_pinned
 from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest
 from kittybuild.errors import KittybuildError, raise_all
 from kittybuild.model.derivation import Input, SourceTensor
 from kittybuild.model.lock import REPOSITORY, Pin
 from kittybuild.model.recipe import At, Recipe, SourceDecl
+
+if TYPE_CHECKING:
+    from kittybuild.planner.absent import Absent
+    from kittybuild.planner.offers import Offers
+    from kittybuild.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Sources:
     checkpoints: Mapping[str, Checkpoint]
     paths: Mapping[str, str]
     remote: Mapping[str, Cached] = field(default_factory=dict)
+    absent: Mapping[str, Absent] = field(default_factory=dict)
 
     def view(self, name: str) -> View:
         """A source as a model."""
@@ -58,13 +64,25 @@ class Sources:
 
     def identity(self, path: str) -> FileId:
         """The identity of a file: its content where a lock says it, else what `stat` does. Raises OSError."""
+        for absent in self.absent.values():
+            if path in absent.files:
+                return absent.files[path]
         for cached in self.remote.values():
             if path.startswith(cached.view + os.sep) and (known := identity(cached, path)):
                 return known
         return FileId.of(path)
 
+    def here(self, tensor: SourceTensor) -> bool:
+        """Whether the bytes of a tensor are on this machine."""
+        if tensor.source in self.absent:
+            return False
+        cached = self.remote.get(tensor.source)
+        return cached is None or entry_here(cached, self.checkpoints[tensor.source].entry(tensor.name))
+
     def bring(self, tensor: SourceTensor) -> None:
         """See that the bytes of a tensor are on this machine. Raises SourceError."""
+        if absent := self.absent.get(tensor.source):
+            raise absent.refuse()
         if cached := self.remote.get(tensor.source):
             bring_entry(cached, self.checkpoints[tensor.source].entry(tensor.name))
 
@@ -89,8 +107,8 @@ def _declared(recipe: Recipe, name: str, revision: str | None, at: At) -> Source
     return SourceDecl(path, at=at)
 
 
-def locate(recipe: Recipe, decls: Mapping[str, SourceDecl]) -> dict[str, str]:
-    """Where each source is, but for those that are on the Hub.
+def locate(recipe: Recipe, decls: Mapping[str, SourceDecl], absent: Iterable[str] = ()) -> dict[str, str]:
+    """Where each source is, but for those that are on the Hub. `absent`: those that need not be here.
 
     Relative paths count from the recipe's folder, then from the working folder.
     """
@@ -102,7 +120,7 @@ def locate(recipe: Recipe, decls: Mapping[str, SourceDecl]) -> dict[str, str]:
             if decl.hub and not decl.maybe:
                 continue
             path = package_file(decl.package, decl.path) if decl.package else find(decl.path, folders)
-            if path is None and not decl.hub:
+            if path is None and not decl.hub and name not in absent:
                 raise unknown_source(decl.path, [*recipe.sources, *recipe.stages])
             if path is not None:
                 paths[name] = path
@@ -128,6 +146,21 @@ def open_all(paths: Mapping[str, str], pins: Mapping[str, Pin] | None = None, we
             problems.append(error)
     raise_all(problems)
     return Sources(checkpoints, paths, remote)
+
+
+def with_absent(sources: Sources, pins: Mapping[str, Pin], store: Store, offers: Offers) -> Sources:
+    """The sources, and with them those whose files are not here. Raises SourceError KB260, all at once."""
+    from kittybuild.planner.absent import open_absent
+
+    problems: list[KittybuildError] = []
+    checkpoints, absent = dict(sources.checkpoints), {}
+    for name, pin in pins.items():
+        try:
+            checkpoints[name], absent[name] = open_absent(name, pin, store, offers)
+        except KittybuildError as error:
+            problems.append(error)
+    raise_all(problems)
+    return replace(sources, checkpoints=checkpoints, absent=absent)
 
 
 def fingerprints(paths: Mapping[str, str]) -> dict[str, Digest]:

@@ -146,6 +146,10 @@ class Store:
         """Record how many seconds it took to make tensors: garbage collection lets the cheap ones go first."""
         self._facts.set_costs(facts)
 
+    def costs(self, digests: Iterable[Digest]) -> dict[Digest, float]:
+        """How many seconds it took to make tensors; only the known ones."""
+        return self._facts.costs(digests)
+
     def locations(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
         """Where tensors lie; only those whose file is there and long enough."""
         return self._facts.locations(digests)

@@ -165,10 +165,9 @@ class TestStoreInfo:
         assert info["store"] == str(store)
         assert (info["packs"], info["pack_bytes"]) == (len(held), sum(map(len, held.values())))
         assert info["manifests"] == 3
-        assert info["roots"] == [
-            {"output": name, "folder": str(tmp_path / "out" / name), "manifest": manifest_of(answer, name)}
-            for name in ("soup", "tall")
-        ]
+        for name, root in zip(("soup", "tall"), info["roots"], strict=True):
+            made = {"output": name, "folder": str(tmp_path / "out" / name), "manifest": manifest_of(answer, name)}
+            assert made.items() <= root.items()
         assert (info["interrupted"], info["tmp_bytes"]) == (0, 0)
         # The same folder again: still one root for each output.
         build(recipe_with(models, tmp_path, weight=0.75), "--store", store)

@@ -158,18 +158,9 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 
 
 COMMANDS = (
-    "build",
-    "plan",
-    "lock",
-    "verify",
-    "reproduce",
-    "publish",
-    "methods",
-    "store info",
-    "store roots",
-    "store gc",
-    "store check",
-    "store repair",
+    *("build", "plan", "lock", "verify", "reproduce", "publish", "methods"),
+    *("store info", "store roots", "store gc", "store check", "store repair"),
+    *("cache keygen", "cache push", "cache pull", "cache info"),
 )
 
 

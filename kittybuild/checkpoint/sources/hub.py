@@ -90,6 +90,12 @@ def ranges_of(entries: Iterable[Entry]) -> dict[str, list[Range]]:
     return found
 
 
+def entry_here(cached: Cached, entry: Entry) -> bool:
+    """Whether the bytes of one tensor are on this machine."""
+    found = ranges_of([entry])
+    return not any(cached.missing(os.path.relpath(p, cached.view).replace(os.sep, "/"), r) for p, r in found.items())
+
+
 def bring_entry(cached: Cached, entry: Entry) -> None:
     """See that the bytes of one tensor are here. Raises SourceError."""
     for path, ranges in ranges_of([entry]).items():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9]{1,6}")
-_HINT = "a key is `name-1:` and base64"
+_HINT = "a key is `name-1:` and base64; `kittybuild cache keygen NAME` makes one"
 
 
 @dataclass(frozen=True, slots=True)
