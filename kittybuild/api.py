@@ -118,22 +118,22 @@ def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = 
     `numerics`: the class of arithmetic of stages that name none; left out, it is the recipe's, or for the recipe of a
     published merge the one that made it.
     """
-    classes, note = builders.classes(), None
+    note = None
     if numerics is None:
-        numerics, note = published_class(file, classes)
-    elif numerics not in classes:
-        raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
+        numerics, note = published_class(file, builders.classes())
+    recipe = recipe_of(recipe_text(file), file, builders, numerics)
+    return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+
+
+def recipe_text(file: str) -> str:
+    """The text of a recipe's file. Raises RecipeError KB100."""
     try:
         with open(file, encoding="utf-8") as text:
-            recipe, problems = parse_partly(text.read(), file, builders.catalogue(), numerics)
+            return text.read()
     except OSError as error:
         raise RecipeError("KB100", f"cannot read the recipe: {error.strerror}", at=file) from error
     except UnicodeDecodeError as error:
         raise RecipeError("KB100", "the recipe is not UTF-8 text", at=file, hint="save it as UTF-8") from error
-    if problems:
-        _raise_with_the_rest(problems, recipe, builders)
-    assert recipe is not None  # without problems there is one
-    return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
 
 
 def _raise_with_the_rest(problems: list[KittybuildError], recipe: Recipe | None, builders: Builders) -> None:
@@ -141,6 +141,21 @@ def _raise_with_the_rest(problems: list[KittybuildError], recipe: Recipe | None,
     from kittybuild.planner.problems import all_problems
 
     raise_all(all_problems(problems, recipe, builders))
+
+
+def recipe_of(text: str, file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
+    """The recipe that a text says. `file` need not be there: paths count from its folder, beside it is the lock.
+
+    Raises UsageError, RecipeError or Problems.
+    """
+    classes = builders.classes()
+    if numerics is not None and numerics not in classes:
+        raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
+    recipe, problems = parse_partly(text, file, builders.catalogue(), numerics)
+    if problems:
+        _raise_with_the_rest(problems, recipe, builders)
+    assert recipe is not None  # without problems there is one
+    return recipe
 
 
 def prepare(
@@ -482,7 +497,8 @@ def _publish(
     publish(manifest, folder, texts, store)
     # With all that a build with nothing to do looks for.
     also = [Digest.of(told), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
-    store.set_root(name, folder, manifest.digest, also, os.path.abspath(prepared.recipe.file))
+    recipe = os.path.abspath(prepared.recipe.file)
+    store.set_root(name, folder, manifest.digest, also, recipe if os.path.isfile(recipe) else None)
 
 
 __all__ = [
@@ -499,5 +515,7 @@ __all__ = [
     "plan",
     "prepare",
     "read_recipe",
+    "recipe_of",
+    "recipe_text",
     "record",
 ]

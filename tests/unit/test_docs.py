@@ -171,6 +171,8 @@ COMMANDS = (
     "store check",
     "store repair",
 )
+PROGRAMS = ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "merge-lora", "legacy")
+"""The commands of from-mergekit.md."""
 
 
 def option_words(option: click.Option) -> list[str]:
@@ -198,7 +200,7 @@ def test_there_are_no_other_commands() -> None:
     for name in main.list_commands(click.Context(main)):
         command, _ = command_of([name])
         found += [f"{name} {inner}" for inner in command.commands] if isinstance(command, click.Group) else [name]
-    assert tuple(found) == COMMANDS
+    assert tuple(found) == COMMANDS + PROGRAMS
 
 
 # ---- errors.md
