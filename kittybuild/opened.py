@@ -17,7 +17,7 @@ from kittybuild.calls import RecipeLike, default_store, read
 from kittybuild.checkpoint.opening import open_source
 from kittybuild.checkpoint.reading import Files, read_companion
 from kittybuild.checkpoint.source import Entry
-from kittybuild.errors import PlanError, SourceError
+from kittybuild.errors import PlanError, SourceError, UsageError
 from kittybuild.planner.towers import sliced
 from kittybuild.planner.views import open_all
 from kittybuild.recipe.programs import recipe_of
@@ -88,7 +88,7 @@ def open_checkpoint(
     if stage is not None:
         return _open_stage(where, stage, framework, store or default_store())
     if isinstance(where, Mapping):
-        raise PlanError("KB001", "which stage of the recipe?", hint="name it: open_checkpoint(recipe, STAGE)")
+        raise UsageError("KB001", "which stage of the recipe?", hint="name it: open_checkpoint(recipe, STAGE)")
     checkpoint = open_source(os.fspath(where))
     companions = {companion.name: companion for companion in checkpoint.companions}
 
