@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from kittybuild import api
 from kittybuild.builders.base import Builders
@@ -23,9 +23,6 @@ from kittybuild.planner.views import open_all
 from kittybuild.recipe.programs import recipe_of
 from kittybuild.store.store import Store
 from kittybuild.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Framework = Literal["torch", "numpy"]
 
@@ -119,7 +116,7 @@ def _open_stage(recipe: RecipeLike, stage: str, framework: Framework, folder: st
         )
 
 
-def load_model(where: RecipeLike, stage: str | None = None, *, store: str | None = None) -> PreTrainedModel:
+def load_model(where: RecipeLike, stage: str | None = None, *, store: str | None = None) -> Any:
     """The transformers model of a folder or of a stage, filled in memory, in evaluation mode. No folder is written.
 
     Raises SourceError KB206 without a config.json, else as `open_checkpoint`; UsageError KB019, VerifyError KB601.
@@ -132,7 +129,7 @@ def load_model(where: RecipeLike, stage: str | None = None, *, store: str | None
         if config is None:
             raise SourceError("KB206", "there is no config.json", at=told, hint="open its tensors: `open_checkpoint`")
         made = filled_model(tensors, json.loads(config), json.loads(generation) if generation else None, told)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def layer_counts(
@@ -140,7 +137,7 @@ def layer_counts(
 ) -> dict[str, int]:
     """How many layers models have, from their headers. Relative paths count from the folder of `file`.
 
-    Raises SourceError, or PlanError KB310 for a model without layers, or with several stacks of them.
+    Raises SourceError, or PlanError KB304 for a model without layers, or with several stacks of them.
     """
     uses = [{"model": model} for model in models]
     text = recipe_of({"all": {"merge_method": "linear", "models": uses, "parameters": {"weight": 1}}}, {})
