@@ -26,6 +26,9 @@ LAYERS = (
     "search report",
     "api",
     "reproduce",
+    "calls",
+    "opened",
+    "compat",
     "cli testing",
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer.split()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kittybuild.api.building import MEMORY, build, check_models, record
 from kittybuild.api.caches import pull, push
 from kittybuild.api.planning import explain, plan
-from kittybuild.api.preparing import LockReport, Prepared, lock, prepare, read_recipe
+from kittybuild.api.preparing import LockReport, Prepared, lock, prepare, read_recipe, recipe_of, recipe_text
 from kittybuild.api.reports import BuildReport, OutputReport, StageReport
 from kittybuild.model.plan import Plan
 
@@ -26,5 +26,7 @@ __all__ = [
     "pull",
     "push",
     "read_recipe",
+    "recipe_of",
+    "recipe_text",
     "record",
 ]

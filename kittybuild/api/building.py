@@ -246,4 +246,5 @@ def _publish(
     publish(manifest, folder, texts, store)
     # With all that a build with nothing to do looks for.
     also = [Digest.of(told), *(manifests[stage].digest for stage in manifests if stage not in prepared.folders)]
-    store.set_root(name, folder, manifest.digest, also, os.path.abspath(prepared.recipe.file))
+    recipe = os.path.abspath(prepared.recipe.file)
+    store.set_root(name, folder, manifest.digest, also, recipe if os.path.isfile(recipe) else None)

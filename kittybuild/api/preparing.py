@@ -55,22 +55,37 @@ def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = 
     `numerics`: the class of arithmetic of stages that name none; left out, it is the recipe's, or for the recipe of a
     published merge the one that made it.
     """
-    classes, note = builders.classes(), None
+    note = None
     if numerics is None:
-        numerics, note = published_class(file, classes)
-    elif numerics not in classes:
-        raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
+        numerics, note = published_class(file, builders.classes())
+    recipe = recipe_of(recipe_text(file), file, builders, numerics)
+    return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+
+
+def recipe_text(file: str) -> str:
+    """The text of a recipe's file. Raises RecipeError KB100."""
     try:
         with open(file, encoding="utf-8") as text:
-            recipe, problems = parse_partly(text.read(), file, builders.catalogue(), numerics)
+            return text.read()
     except OSError as error:
         raise RecipeError("KB100", f"cannot read the recipe: {error.strerror}", at=file) from error
     except UnicodeDecodeError as error:
         raise RecipeError("KB100", "the recipe is not UTF-8 text", at=file, hint="save it as UTF-8") from error
+
+
+def recipe_of(text: str, file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
+    """The recipe that a text says. `file` need not be there: paths count from its folder, beside it is the lock.
+
+    Raises UsageError, RecipeError or Problems.
+    """
+    classes = builders.classes()
+    if numerics is not None and numerics not in classes:
+        raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
+    recipe, problems = parse_partly(text, file, builders.catalogue(), numerics)
     if problems:
         raise_with_the_rest(problems, recipe, builders)
     assert recipe is not None  # without problems there is one
-    return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
+    return recipe
 
 
 def raise_with_the_rest(problems: list[KittybuildError], recipe: Recipe | None, builders: Builders) -> None:

@@ -18,6 +18,8 @@ _SELDOM = (
 )  # what torch makes at its start is kept: looking through it again and again costs half a second
 _COMMANDS = MappingProxyType(
     {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store", "cache")}
+    | {name: name for name in ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon")}
+    | {"merge-lora": "merge_lora", "legacy": "legacy"}
 )
 
 

@@ -108,16 +108,22 @@ def command(
             limits = Limits(memory, jobs or cores(), workers == "processes")
             other = rebuilt(prepared, report, opened, limits=limits, builders=builders, events=events)
     notes = list(report.notes) + (api.check_models(report) if check_model else [])
+    document = told(report, notes, as_json, verbose)
+    if check and other:
+        message = "built again, these came out otherwise:" + "".join(f"\n  {one}" for one in other[:MOST_NAMED])
+        hint = "look whether the machine computes right; if it does, please report it"
+        raise Found([VerifyError("KB607", message, at=recipe, hint=hint)], {**document, "differences": list(other)})
+    return document
+
+
+def told(report: api.BuildReport, notes: list[str], as_json: bool, verbose: bool) -> dict[str, Any]:
+    """The JSON document of a build; without `as_json` it is printed for a person."""
     document = _document(report, notes)
     if not as_json:
         _print(report, notes, verbose)
     for name, stage in report.stages.items():
         for tensor, count in stage.nonfinite.items():
             click.echo(f"warning: {name}: {tensor} has {count} elements that are NaN or infinite", err=True)
-    if check and other:
-        message = "built again, these came out otherwise:" + "".join(f"\n  {one}" for one in other[:MOST_NAMED])
-        hint = "look whether the machine computes right; if it does, please report it"
-        raise Found([VerifyError("KB607", message, at=recipe, hint=hint)], {**document, "differences": list(other)})
     return document
 
 

@@ -53,11 +53,12 @@ def check_model(folder: str) -> str | None:
         transformers.logging.set_verbosity(shown[0])
         if shown[1]:
             transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    _judge(folder, names[0], told)
+    judge(folder, names[0], told)
     return None
 
 
-def _judge(folder: str, kind: str, told: dict[str, set[object]]) -> None:
+def judge(folder: str, kind: str, told: dict[str, set[object]]) -> None:
+    """Raise VerifyError KB601 if transformers `told` of weights that are missing, too many or of another shape."""
     words = {"missing_keys": "is missing", "unexpected_keys": "has no place", "mismatched_keys": "has another shape"}
     rows = []
     for key, what in words.items():

@@ -94,6 +94,7 @@ def _own(reading: Reading, text: str, given: str | None) -> Recipe | None:
         defaults={key: word if sound[key] else None for key, word in defaults.items()},
         numerics=given or read_numerics(form.numerics, reading, ("numerics",)),
         allow_nan=form.allow_nan,
+        strict=form.dialect == "kittybuild",
     )
     sources = {name: _source(name, source, document, problems) for name, source in form.sources.items()}
     stages = {name: _stage(name, stage, reading) for name, stage in form.stages.items()}

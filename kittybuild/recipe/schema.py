@@ -254,6 +254,7 @@ class RecipeText(_Text):
 
     kittybuild: Literal[1]
     name: StrictStr | None = None
+    dialect: Literal["kittybuild", "mergekit"] = "kittybuild"
     sources: dict[Name, SourceText] = Field(default_factory=dict)
     defaults: DefaultsText = Field(default_factory=DefaultsText)
     numerics: StrictStr | None = None
@@ -364,6 +365,8 @@ def _wanted(loc: Path, errors: list[Any]) -> str:
         return REFERENCES
     if kinds == {"string_type", "int_type"}:
         return "a size such as 500MB or 4GB"
+    if loc == ("dialect",):
+        return "kittybuild or mergekit"
     if loc == ("tensors",):
         return "same, intersection or union"
     if loc == ("take",):

@@ -33,6 +33,7 @@ class Reading:
     """One document, the methods of all classes, and what stages take that do not say otherwise; problems and notes.
 
     `broken`: the stages and sources that have problems.
+    `strict`: in stages of ours, words of the peers that have no effect are errors.
     """
 
     document: Document
@@ -43,6 +44,7 @@ class Reading:
     allow_nan: bool = False
     notes: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+    strict: bool = True
 
 
 def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | None = None) -> Stage | None:
@@ -76,7 +78,9 @@ def read_stage(name: str, value: dict[str, Any], reading: Reading, path: Path | 
     if isinstance(form, MoeText):
         return moe_stage(name, form, document, path, problems, shared)
     numerics = read_numerics(form.numerics, reading, (*path, "numerics"))
-    scope = Scope(document, path, reading.catalogue, numerics, problems, reading.notes, own, left_out)
+    scope = Scope(
+        document, path, reading.catalogue, numerics, problems, reading.notes, own and reading.strict, left_out
+    )
     stage = merge_stage(form, scope)
     return replace(stage, name=name, **shared) if stage else None
 

@@ -162,6 +162,8 @@ COMMANDS = (
     *("store info", "store roots", "store gc", "store check", "store repair"),
     *("cache keygen", "cache push", "cache pull", "cache info"),
 )
+PROGRAMS = ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "merge-lora", "legacy")
+"""The commands of from-mergekit.md."""
 
 
 def option_words(option: click.Option) -> list[str]:
@@ -189,7 +191,7 @@ def test_there_are_no_other_commands() -> None:
     for name in main.list_commands(click.Context(main)):
         command, _ = command_of([name])
         found += [f"{name} {inner}" for inner in command.commands] if isinstance(command, click.Group) else [name]
-    assert tuple(found) == COMMANDS
+    assert tuple(found) == COMMANDS + PROGRAMS
 
 
 # ---- errors.md
