@@ -62,10 +62,23 @@ def folder_texts(
         "recipe": {"dialect": recipe.dialect, "numerics": recipe.numerics, "text": recipe.text},
         "lock": record["lock"],
         "manifest": json.loads(manifest.to_bytes()),
-        "derivations": record["derivations"],
+        "derivations": behind(stage, record["derivations"]),
     }
     texts[PROVENANCE] = (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode()
     return texts
+
+
+def behind(stage: str, derivations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of all derivations of a build, those of a stage and of what they are made of; other outputs are not told of."""
+    found: dict[str, dict[str, Any]] = {}
+    todo = [(stage, name) for name in derivations.get(stage, {})]
+    while todo:
+        of, name = todo.pop()
+        made = derivations.get(of, {}).get(name)
+        if made is not None and name not in found.setdefault(of, {}):
+            found[of][name] = made
+            todo += [(given[0], given[1]) for given in made[-1]]
+    return {of: {name: made for name, made in derivations[of].items() if name in found[of]} for of in found}
 
 
 def card(recipe: Recipe, stage: str, folder: str, methods: Sequence[Method]) -> str:
