@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -58,6 +59,7 @@ def build_into(answer: str, *args: str) -> None:
 
     from kittybuild.cli import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
     done = CliRunner().invoke(main, ["build", *args, "--json"])
     text = json.dumps({"status": done.exit_code, "stderr": done.stderr, **json.loads(done.stdout)})
     Path(answer).write_text(text, encoding="utf-8")
