@@ -167,7 +167,9 @@ class TestStoreInfo:
         assert info["manifests"] == 3
         for name, root in zip(("soup", "tall"), info["roots"], strict=True):
             made = {"output": name, "folder": str(tmp_path / "out" / name), "manifest": manifest_of(answer, name)}
-            assert made.items() <= root.items()
+            recipe, size = str(tmp_path / "recipe.yml"), root["bytes"]
+            assert root == {**made, "recipe": recipe, "bytes": size, "alone_bytes": root["alone_bytes"], "there": True}
+            assert 0 <= root["alone_bytes"] <= size <= info["pack_bytes"]
         assert (info["interrupted"], info["tmp_bytes"]) == (0, 0)
         # The same folder again: still one root for each output.
         build(recipe_with(models, tmp_path, weight=0.75), "--store", store)
