@@ -24,7 +24,7 @@ THINNED = 7
 """Of a piece, each so many-th element is enough; an odd number, so that no row gives the columns of another."""
 STEP = (math.sqrt(5) - 1) / 2
 """Multiples of the golden ratio are spread evenly, but never in step with the rows of a matrix."""
-DEVIATIONS = 4
+DEVIATIONS = 3
 """Half the width of a bracket, in standard deviations of what the pieces say of its place."""
 
 
@@ -114,12 +114,13 @@ class _Bracket:
 
         if self.held > self.room:
             return
-        self.above += int(np.count_nonzero(bits > self.high))
+        above = bits > self.high
+        self.above += int(np.count_nonzero(above))
         if self.low == self.high:
             near = bits[:0]
             at_high = at_low = int(np.count_nonzero(bits == self.high))
         else:
-            near = bits.compress((bits - self.low).view(f"u{bits.itemsize}") <= self.high - self.low)
+            near = bits.compress(above ^ (bits >= self.low))
             at_high, at_low = (int(np.count_nonzero(near == end)) for end in (self.high, self.low))
             if at_high or at_low:
                 near = near.compress((near > self.low) & (near < self.high))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Job
 from kittybuild.builders.merge.common import divide, rounded_weights, rounding
-from kittybuild.builders.threshold import masked
+from kittybuild.builders.threshold import as_bits
 
 if TYPE_CHECKING:
     from kittybuild.builders.floats import Array
@@ -46,38 +46,61 @@ def elected(job: Job) -> Mix:
 
 
 def election(parts: Iterable[Array]) -> Array:
-    """The sign of the sum, 1 or -1, for each element."""
+    """The sign of the sum for each element, as its sign bit alone, in integers; NaN elects minus."""
     import numpy as np
 
-    sign: Array | None = None
+    votes: Array | None = None
     for part in parts:
-        sign = part.copy() if sign is None else _plus(sign, part)
-    assert sign is not None  # there is a model
-    np.greater_equal(sign, 0, out=sign)
-    sign *= 2
-    sign -= 1
-    return sign
+        votes = part.copy() if votes is None else _plus(votes, part)
+    assert votes is not None  # there is a model
+    lost = np.isnan(votes)  # their sign bits differ from one CPU to another
+    if lost.any():
+        votes[lost] = -1
+    signs = as_bits(votes)
+    signs &= np.iinfo(signs.dtype).min
+    return signs
 
 
-def agreeing(parts: Iterable[Array], weights: Sequence[float], sign: Array, *, normalize: bool) -> Array:
-    """The sum of those parts that have this sign, over the sum of their weights with `normalize`; overwrites the parts.
+def agreeing(parts: Iterable[Array], weights: Sequence[float], signs: Array, *, normalize: bool) -> Array:
+    """The sum of those parts that have these signs, over the sum of their weights with `normalize`; overwrites the
+    parts.
 
-    Every part is multiplied by that sign (exactly): those that agree are then the positive ones.
+    Where minus is elected, all are negated (by the sign bit): those that agree are then the positive ones, the others
+    count as zero. Only parts that are all -0 elect minus without one that agrees, and their sum is then -0 as well.
     """
     import numpy as np
 
     mixed = divisor = None
     for part, weight in zip(parts, weights, strict=True):
-        part *= sign
+        _negate(part, signs)
+        np.maximum(part, 0, out=part)  # NaN stays
         if normalize:
             divisor = _plus(divisor, np.multiply(part > 0, weight, dtype=part.dtype))
-        mixed = _plus(mixed, masked(part, ~(part < 0)))  # neither NaN nor the sign of a zero is lost
+        mixed = _plus(mixed, part)
     assert mixed is not None  # there is a model
     if divisor is not None:
-        divisor += divisor == 0
-        mixed /= divisor
-    mixed *= sign
+        mixed /= _without_zeros(divisor, min(weights))
+    _negate(mixed, signs)
     return mixed
+
+
+def _without_zeros(sums: Array, least: float) -> Array:
+    """Sums of weights in place, with 1 or `least`, the least of the weights, for zero.
+
+    (A sum of positive weights that is zero divides zero, so that any number will do; then a maximum is cheaper.)
+    """
+    import numpy as np
+
+    if least > 0:
+        return np.maximum(sums, least, out=sums)
+    sums += sums == 0
+    return sums
+
+
+def _negate(part: Array, signs: Array) -> None:
+    """The part in place, negated where a sign bit is set."""
+    bits = as_bits(part)
+    bits ^= signs
 
 
 def _plus(total: Array | None, part: Array) -> Array:
