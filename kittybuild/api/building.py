@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ def build(
         computed = {name: result.computed for name, result in results.items()}
         from_caches = {name: result.fetched for name, result in results.items()}
         written = {name: result.written for name, result in results.items()}
-    stages = {name: _report(manifest, computed[name], from_caches[name], store) for name, manifest in manifests.items()}
+    stages = {name: _report(manifest, computed[name], from_caches[name]) for name, manifest in manifests.items()}
     outputs = {}
     for name, folder in prepared.folders.items():
         _publish(prepared, name, manifests, told, store, builders, attest)
@@ -101,10 +101,8 @@ def check_models(report: BuildReport) -> list[str]:
     return notes
 
 
-def _report(manifest: Manifest, computed: int, fetched: int, store: Store) -> StageReport:
-    counts = store.nonfinite(tensor.ref.digest for tensor in manifest.tensors)
-    nonfinite = {tensor.name: counts[tensor.ref.digest] for tensor in manifest.tensors if tensor.ref.digest in counts}
-    total = len(manifest.tensors)
+def _report(manifest: Manifest, computed: int, fetched: int) -> StageReport:
+    total, nonfinite = len(manifest.tensors), dict(manifest.nonfinite)
     return StageReport(total, computed, total - computed - fetched, manifest.digest, nonfinite, fetched)
 
 
@@ -201,7 +199,8 @@ def _run(
         files = companion_files(stage, known.sources, store) if stage.shards else ()
         files = (*files, *extraction_files(stage, known, store)) if stage.shards else files
         shards = tuple(results[name].shards) if stage.shards else ()
-        manifests[name] = Manifest(_tensors(stage, known), shards, files)
+        tensors = _tensors(stage, known)
+        manifests[name] = Manifest(tensors, shards, files, _nonfinite(tensors, store))
         store.put_manifest(manifests[name])
     ignored = {name: stage.ignored for name, stage in known.plan.stages.items()}
     lock = lock_json(pins(known, prepared.decls, {**prepared.pins, **prepared.absent}), versions(), ignored)
@@ -223,6 +222,11 @@ def _tensors(stage: StagePlan, known: Known) -> tuple[ManifestTensor, ...]:
         assert ref is not None  # the run digested or made every tensor
         found.append(ManifestTensor(name, ref, known.key(step) if isinstance(step, Derivation) else None))
     return tuple(found)
+
+
+def _nonfinite(tensors: Sequence[ManifestTensor], store: Store) -> tuple[tuple[str, int], ...]:
+    counts = store.nonfinite(tensor.ref.digest for tensor in tensors)
+    return tuple(sorted((t.name, counts[t.ref.digest]) for t in tensors if t.ref.digest in counts))
 
 
 def _publish(

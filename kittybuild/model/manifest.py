@@ -43,20 +43,25 @@ class ManifestFile:
 @dataclass(frozen=True)
 class Manifest:
     """What a stage made. `shards` hold all tensors of an output; an intermediate stage has none: where its tensors lie,
-    and whether they are kept, depends on what was built before."""
+    and whether they are kept, depends on what was built before. `nonfinite`: by name, the tensors that hold NaN
+    or infinity, each with how many elements.
+    """
 
     tensors: tuple[ManifestTensor, ...]
     shards: tuple[ManifestShard, ...]
     files: tuple[ManifestFile, ...] = ()
+    nonfinite: tuple[tuple[str, int], ...] = ()
 
     def to_bytes(self) -> bytes:
         """The canonical form, which is also the stored form."""
-        form: Json = {
+        form: dict[str, Json] = {
             "kittybuild.manifest": 1,
             "tensors": [[t.name, *t.ref.to_json(), t.key.hex if t.key else None] for t in self.tensors],
             "shards": [[s.pack.hex, s.size, list(s.names)] for s in self.shards],
             "files": [[f.name, f.digest.hex, f.size] for f in self.files],
         }
+        if self.nonfinite:
+            form["nonfinite"] = dict(self.nonfinite)
         return canonical(form)
 
     @classmethod
@@ -73,6 +78,7 @@ class Manifest:
                 ),
                 tuple(ManifestShard(Digest(pack), size, tuple(names)) for pack, size, names in form["shards"]),
                 tuple(ManifestFile(name, Digest(digest), size) for name, digest, size in form["files"]),
+                tuple(sorted((name, int(count)) for name, count in form.get("nonfinite", {}).items())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error

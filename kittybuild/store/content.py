@@ -84,6 +84,8 @@ class Content:
         made = {tensor.key: tensor.ref for tensor in manifest.tensors if tensor.key is not None}
         # Where a known realisation differs it stays: whoever built this manifest was told so by `realise`.
         self._facts.add_realisations(made)
+        counts = dict(manifest.nonfinite)
+        self._facts.set_nonfinite({t.ref.digest: counts[t.name] for t in manifest.tensors if t.name in counts})
         self._index.put_many(_MANIFEST, {digest.hex: 1})
 
     def _put_named(self, data: bytes, place: Callable[[Digest], str]) -> Digest:

@@ -153,6 +153,8 @@ class TestManifest:
             b'{"kittybuild.manifest": 1, "tensors": [3], "shards": [], "files": []}',
             b'{"kittybuild.manifest": 1, "tensors": [], "shards": [["x", 1, []]], "files": []}',
             b'{"kittybuild.manifest": 1, "tensors": [], "shards": [], "files": [["x", 3, 1]]}',
+            b'{"kittybuild.manifest": 1, "tensors": [], "shards": [], "files": [], "nonfinite": ["x"]}',
+            b'{"kittybuild.manifest": 1, "tensors": [], "shards": [], "files": [], "nonfinite": {"x": "y"}}',
         ],
     )
     def test_anything_else_is_refused(self, data: bytes) -> None:
