@@ -31,14 +31,18 @@ class Tools:
 
 
 class Scratch:
-    """A tensor in memory: a sink while it is made, then a reader."""
+    """A tensor in memory: a sink while it is made, then a reader.
+
+    It takes memory from the first write on: of a long chain of tensors only the last two are there at once.
+    """
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
-        self._bytes = bytearray(spec.nbytes)
+        self._bytes = bytearray()
 
     def write(self, offset: int, data: memoryview) -> None:
         """See Sink."""
+        self._bytes = self._bytes or bytearray(self.spec.nbytes)
         self._bytes[offset : offset + len(data)] = data
 
     def read_into(self, start: int, buffer: memoryview) -> None:

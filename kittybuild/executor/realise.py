@@ -46,18 +46,19 @@ class Realiser:
         self.known, self.store, self.builders = known, store, builders
         self.workers, self.files, self.share = workers, files, share
 
-    def cost(self, step: Step) -> int:
-        """The bytes of memory that making a tensor takes, with what must be made in memory for it."""
-        own = CHUNK
+    def cost(self, step: Step, result: int = 0) -> int:
+        """The bytes of memory that making a tensor takes, with what must be made in memory for it; `result`: its own,
+        where that is there, too.
+        """
+        own, held, most = CHUNK, 0, 0
         if isinstance(step, Derivation):
             builder = self.builders.behind(step)
             own = cost(builder, step, block_elements(builder, step, self.share))
-        return own + sum(self._made_for(given) for given in inputs_of(step))
-
-    def _made_for(self, given: Input) -> int:
-        if isinstance(given, SourceTensor) or self._location(given) is not None:
-            return 0
-        return given.spec.nbytes + self.cost(self.known.plan.step(given))
+        for given in inputs_of(step):
+            if isinstance(given, StageTensor) and self._location(given) is None:
+                most = max(most, held + self.cost(self.known.plan.step(given), given.spec.nbytes))
+                held += given.spec.nbytes
+        return max(most, held + own + result)
 
     def make(self, name: str, drv: Derivation, place: tuple[str, int]) -> Made:
         """Have a worker run the builder of `drv` into its place, and record what came out under the resolved key."""

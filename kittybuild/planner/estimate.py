@@ -93,14 +93,15 @@ def _largest_whole(known: Known, works: list[StageWork], builders: Builders) -> 
     return max((_held(known, work.stage.steps[name], builders) for work in works for name in work.compute), default=0)
 
 
-def _held(known: Known, step: Step, builders: Builders) -> int:
-    """The bytes that making a tensor holds: inputs taken whole, and inputs made in memory with what these hold."""
+def _held(known: Known, step: Step, builders: Builders, result: int = 0) -> int:
+    """The most bytes that making a tensor holds: inputs taken whole, and inputs made in memory one after the other."""
     if not isinstance(step, Derivation):
         return 0
     builder = builders.behind(step)
     whole = () if builder.streamed is None else step.inputs[builder.streamed :]
-    held = sum(given.spec.nbytes + builder.whole * given.spec.numel for given in whole)
+    made = most = 0
     for given in step.inputs:
         if isinstance(given, StageTensor) and not known.plan.stages[given.stage].keep:
-            held += given.spec.nbytes + _held(known, known.plan.step(given), builders)
-    return held
+            most = max(most, made + _held(known, known.plan.step(given), builders, given.spec.nbytes))
+            made += given.spec.nbytes
+    return max(most, made + result + sum(given.spec.nbytes + builder.whole * given.spec.numel for given in whole))

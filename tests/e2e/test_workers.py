@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def test_an_order_gives_the_same_report_from_a_process_and_a_thread(place: Path,
     assert out.read_bytes() == data
     assert workers.bytes_read == threads.bytes_read == 8 * LARGE.nbytes
     assert workers.peak_memory > 1_000_000
+
+
+def test_a_chain_that_is_made_in_memory_holds_two_of_its_tensors_at_a_time(place: Path, out: Path) -> None:
+    spec = TensorSpec(DType.F32, (256, 4096))
+    source = Given(spec, entry=Entry("x", spec, str(place / "zeros"), 0, spec.nbytes))
+    drv = Derivation("linear", 1, {"weight": [1.0], "normalize": True}, (SourceTensor("zeros", "x", spec),), spec)
+    chain = source
+    for number in range(20):
+        chain = Given(spec, first=Order(f"x{number}", drv, (chain,), 1 << 20))
+    with Threads(1, BUILTIN, Disk()) as threads:
+        tracemalloc.start()
+        threads.run(Order("x", drv, (chain,), 1 << 20, Slot(str(out), 0)))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert 2 * spec.nbytes <= peak < 4 * spec.nbytes
 
 
 def test_an_error_arrives_as_it_was_raised_and_the_worker_goes_on(place: Path, out: Path, workers: Processes) -> None:
