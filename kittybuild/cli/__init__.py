@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import sys
 from types import MappingProxyType
 
 import click
@@ -16,6 +17,8 @@ _SELDOM = (
     10,
     10,
 )  # what torch makes at its start is kept: looking through it again and again costs half a second
+DEPTH = 5_000
+"""Python's own 1,000 end at chains of some 200 stages: each is asked for by the one after it."""
 _COMMANDS = MappingProxyType(
     {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store", "cache")}
     | {name: name for name in ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon")}
@@ -52,3 +55,4 @@ class _Lazy(click.Group):
 def main() -> None:
     """Build merged checkpoints from recipes: only what changed is computed, and anyone can prove the result."""
     gc.set_threshold(*_SELDOM)
+    sys.setrecursionlimit(DEPTH)

@@ -22,6 +22,7 @@ from kittybuild.store.disk import Disk
 
 _SERVE = (
     "import sys, json; task = json.loads(sys.argv[1]); sys.path[:] = task['path'];"
+    "sys.setrecursionlimit(task['depth']);"  # a chain that is made in memory is as deep as its plan
     "from kittybuild.executor.serve import main; main(task['files'], task['torch'], task['ends'])"
 )
 _PATIENCE = 10.0
@@ -149,7 +150,8 @@ class Processes:
             return
         pairs = [Pipe() for _ in range(self._jobs)]
         theirs = [end.fileno() for _, end in pairs]
-        task = {"path": sys.path, "files": self._files, "torch": torch, "ends": theirs}
+        about = {"path": sys.path, "depth": sys.getrecursionlimit()}
+        task = {**about, "files": self._files, "torch": torch, "ends": theirs}
         command = [sys.executable, "-c", _SERVE, json.dumps(task)]
         # What a library prints must not get among the answer of a command, which goes to standard output.
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=theirs)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,19 @@ def test_a_plan_for_a_person_names_the_numbers(models: Path, tmp_path: Path) -> 
     assert done.returncode == 0
     assert "soup (merge): 39 tensors\n  compute 39, copy 0, there already 0\n" in done.stdout
     assert "peak memory about " in done.stdout
+
+
+def test_of_a_long_chain_of_stages(models: Path, tmp_path: Path) -> None:
+    """Longer than Python's usual depth of calls allows; made in memory, so that the worker meets the whole chain."""
+    length = 300
+    names = [str(models / "base"), *(f"s{number}" for number in range(length))]
+    one = {"merge_method": "linear", "parameters": {"weight": 1.0}, "keep": False}
+    stages = {name: {**one, "models": [{"model": before}]} for before, name in pairwise(names)}
+    outputs = {names[-1]: {"folder": "out"}}
+    recipe = write_recipe(tmp_path, {"kittybuild": 1, "stages": stages, "outputs": outputs})
+    assert len(planned(recipe, tmp_path / "store")["stages"]) == length
+    answer = build(recipe, "--store", tmp_path / "store", "--workers", "processes", "--memory", "400MB")
+    assert answer["stages"][names[-1]]["computed"] == answer["stages"][names[-1]]["tensors"]
 
 
 def test_a_plan_that_cannot_be_made_says_why(models: Path, tmp_path: Path) -> None:
