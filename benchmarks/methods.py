@@ -12,16 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.siblings import LLAMA_1B, LLAMA_54M, make_siblings
-from benchmarks.timing import Run, in_turn, run
+from benchmarks.sides import kittybuild, mergekit, parser, siblings
+from benchmarks.timing import Run, in_turn
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.model.method import Method
 
@@ -57,18 +54,9 @@ def measured(method: Method, paths: Sequence[str], options: argparse.Namespace) 
     with open(text, "w", encoding="utf-8") as file:
         json.dump(config(method, paths), file)
 
-    def kittybuild() -> Run:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(store, ignore_errors=True)
-        return run([sys.executable, "-m", "kittybuild", "build", text, "-o", out, "--store", store, "--json"])
-
-    def mergekit() -> Run:
-        shutil.rmtree(out, ignore_errors=True)
-        return run([os.path.join(options.mergekit, "bin", "mergekit-yaml"), text, out, "--quiet"])
-
-    commands: dict[str, Callable[[], Run]] = {"kittybuild": kittybuild}
+    commands = {"kittybuild": kittybuild(text, out, store)}
     if options.mergekit and method.name not in ONLY_OURS:
-        commands = {"mergekit": mergekit, **commands}
+        commands = {"mergekit": mergekit(options.mergekit, "mergekit-yaml", text, out, out=out), **commands}
     return in_turn(commands, options.rounds, paths)
 
 
@@ -89,16 +77,11 @@ def rows(methods: Sequence[Method], paths: Sequence[str], options: argparse.Name
 
 def main() -> None:
     """Make the siblings once, run the methods one after the other, print the table row by row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment with mergekit==0.1.5")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=os.path.join(tempfile.gettempdir(), "kittybuild-bench"))
-    parser.add_argument("--large", action="store_true", help="1.1B parameters instead of 54M")
-    parser.add_argument("--only", help="names of methods, with commas between")
-    options = parser.parse_args()
-    shape, size = (LLAMA_1B, "1b") if options.large else (LLAMA_54M, "54m")
-    with ProcessPoolExecutor(1) as maker:  # a child's peak memory counts from its parent's: stay small
-        paths = maker.submit(make_siblings, os.path.join(options.folder, size), shape, 3).result()
+    arguments = parser(__doc__)
+    arguments.add_argument("--large", action="store_true", help="1.1B parameters instead of 54M")
+    arguments.add_argument("--only", help="names of methods, with commas between")
+    options = arguments.parse_args()
+    paths = siblings(options.folder, 3, large=options.large)
     wanted = options.only.split(",") if options.only else [method.name for method in BUILTIN.methods()]
     for row in rows([method for method in BUILTIN.methods() if method.name in wanted], paths, options):
         print(row, flush=True)
