@@ -33,7 +33,7 @@ _COUNTED = "faults in "
 
 @pytest.fixture
 def counted(record_property: Callable[[str, object], None]) -> Counted:
-    """Tell what was enumerated, of how many operations it is, and how many faults were met in them."""
+    """Tell what was enumerated, of how many operations it is (0: of none), and how many faults were met in them."""
 
     def tell(what: str, operations: int, faults: int) -> None:
         record_property(f"{_COUNTED}{what}", [operations, faults])
@@ -52,4 +52,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if found:
         terminalreporter.section("faults enumerated")
     for name, (operations, faults) in sorted(found.items()):
-        terminalreporter.line(f"{name.removeprefix(_COUNTED):<28}{operations:>5} operations {faults:>5} faults")
+        place = f"{operations:>5} operations" if operations else "at random moments"
+        terminalreporter.line(f"{name.removeprefix(_COUNTED):<32}{place:>18} {faults:>5} faults")
