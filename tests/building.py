@@ -64,7 +64,8 @@ def build_into(answer: str, *args: str) -> None:
 
 
 def run_into(answer: str, *args: str, begun: Connection | None = None) -> None:
-    """For `started`: the same with any command. `begun`: where to say that everything is ready and it begins."""
+    """For `started`: the same with any command. `begun`: where to say that everything is ready; one that hears, too,
+    is waited for."""
     from click.testing import CliRunner
 
     from kittybuild.cli import main
@@ -72,6 +73,8 @@ def run_into(answer: str, *args: str, begun: Connection | None = None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
     if begun is not None:
         begun.send(None)
+        if begun.readable:
+            begun.recv()
     done = CliRunner().invoke(main, [*args, "--json"])
     text = json.dumps({"status": done.exit_code, "stderr": done.stderr, **json.loads(done.stdout)})
     Path(answer).write_text(text, encoding="utf-8")
