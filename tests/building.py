@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from typing import Any
 from tests.helpers import run_cli, write_recipe
 
 ROOT = Path(__file__).parent.parent
-_READY = ["kittybuild.cli.build", "kittybuild.executor.run", "kittybuild.publish.texts", "tests.building"]
+_READY = [
+    *("click.testing", "obstore.store", "cryptography.hazmat.primitives.asymmetric.ed25519", "tests.building"),
+    *("kittybuild.cli.build", "kittybuild.cli.cache", "kittybuild.cli.store_gc"),
+    *("kittybuild.executor.run", "kittybuild.publish.push", "kittybuild.publish.texts", "kittybuild.publish.pull"),
+]
 Answer = dict[str, Any]
 
 
@@ -44,23 +49,33 @@ def fresh(*args: str | Path, env: Mapping[str, str] | None = None, **options: An
     return subprocess.run(command, env=everything, capture_output=True, text=True, timeout=300, **options)
 
 
-def started(target: Callable[..., None], *args: Any) -> BaseProcess:
+def started(target: Callable[..., None], *args: Any, **options: Any) -> BaseProcess:
     """`target` in a new process, forked from one that has imported torch and done nothing else."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_READY)
-    process = server.Process(target=target, args=args)
+    process = server.Process(target=target, args=args, kwargs=options)
     process.start()
     return process
 
 
 def build_into(answer: str, *args: str) -> None:
     """For `started`: run a build; exit status, JSON document and standard error go to the file `answer`."""
+    run_into(answer, "build", *args)
+
+
+def run_into(answer: str, *args: str, begun: Connection | None = None) -> None:
+    """For `started`: the same with any command. `begun`: where to say that everything is ready; one that hears, too,
+    is waited for."""
     from click.testing import CliRunner
 
     from kittybuild.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
-    done = CliRunner().invoke(main, ["build", *args, "--json"])
+    if begun is not None:
+        begun.send(None)
+        if begun.readable:
+            begun.recv()
+    done = CliRunner().invoke(main, [*args, "--json"])
     text = json.dumps({"status": done.exit_code, "stderr": done.stderr, **json.loads(done.stdout)})
     Path(answer).write_text(text, encoding="utf-8")
 

@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class FaultyDisk(Disk):
         self.dead = False
         self.full = False
         self._open: dict[int, str] = {}
+        self._counting = threading.Lock()
 
     def bury(self) -> None:
         """Close all that the dead process had open, and so free its locks."""
@@ -79,8 +81,10 @@ class FaultyDisk(Disk):
             raise Killed
         if self.full and name in ("create", "pwrite", "append", "copy_range", "makedirs"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        self.calls.append(name)
-        if len(self.calls) - 1 != self.n:
+        with self._counting:
+            self.calls.append(name)
+            met = len(self.calls) - 1 == self.n
+        if not met:
             return
         if self.fault in (Fault.SHORT, Fault.TORN):
             self._half(name, args)

@@ -80,7 +80,10 @@ def _serve(orders: Connection, tools: Tools) -> None:
                 answer = carry_out(order, tools)
         except Exception as error:
             answer = error
-        orders.send((answer, tools.files.bytes_read - before, (shared, _peak() - shared)))
+        try:
+            orders.send((answer, tools.files.bytes_read - before, (shared, _peak() - shared)))
+        except ConnectionError:  # whom it works for has just died
+            return
 
 
 def _peak() -> int:

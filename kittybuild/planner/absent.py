@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 from kittybuild.checkpoint.opening import open_source
 from kittybuild.checkpoint.source import Checkpoint, FileId
+from kittybuild.digest import Digest
 from kittybuild.errors import SourceError
 from kittybuild.model.lock import FilePin, Pin
 from kittybuild.planner.offers import Offers
+from kittybuild.store.problems import guarded
 from kittybuild.store.remote.claims import SourceFacts
 from kittybuild.store.store import Store
 
@@ -60,23 +62,25 @@ def _by_content(file: FileId, weights: Mapping[str, tuple[FileId, SourceFacts]])
 
 
 def _lay(path: str, file: FilePin, facts: SourceFacts, store: Store, offers: Offers) -> bool:
-    """See that a file, or what stands for it, is in its place."""
-    if os.path.isfile(path) and os.path.getsize(path) == file.size:
-        return True
-    if facts.whole is not None:
-        data = offers.caches.blob(facts.whole, file.size)
-        if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
-            return False
-    elif facts.header is not None:
-        data = offers.caches.blob(*facts.header)
-        if data is None:
-            return False
-    else:
+    """See that a file, or what stands for it, is in its place. Raises StoreError."""
+    known = facts.header if facts.whole is None else (facts.whole, file.size)
+    if known is None:
         return False
-    store.disk.makedirs(os.path.dirname(path))
-    temporary = f"{path}.{os.urandom(8).hex()}.tmp"
-    with open(temporary, "wb") as out:
-        out.write(data)
-        out.truncate(file.size)
-    os.replace(temporary, path)
+    if _begins(path, file.size, *known):
+        return True
+    data = offers.caches.blob(*known)
+    if data is None or (facts.whole is not None and hashlib.sha256(data).hexdigest() != file.sha256):
+        return False
+    with guarded("write", path, len(data)):
+        store.disk.makedirs(os.path.dirname(path))
+        store.disk.write_file(path, data, mode=0o644, size=file.size)
     return True
+
+
+def _begins(path: str, size: int, digest: Digest, nbytes: int) -> bool:
+    """Whether there is a file of that size that begins with these bytes: it may have been damaged since it was made."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size == size and Digest.of(file.read(nbytes)) == digest
+    except OSError:
+        return False

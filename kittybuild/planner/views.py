@@ -14,7 +14,7 @@ from kittybuild.checkpoint.sources.cached import Cached
 from kittybuild.checkpoint.sources.hub import bring_entry, entry_here, identity, open_pinned
 from kittybuild.checkpoint.sources.web import Web
 from kittybuild.digest import Digest
-from kittybuild.errors import KittybuildError, raise_all
+from kittybuild.errors import KittybuildError, StoreError, raise_all
 from kittybuild.model.derivation import Input, SourceTensor
 from kittybuild.model.lock import REPOSITORY, Pin
 from kittybuild.model.recipe import At, Recipe, SourceDecl
@@ -157,6 +157,8 @@ def with_absent(sources: Sources, pins: Mapping[str, Pin], store: Store, offers:
     for name, pin in pins.items():
         try:
             checkpoints[name], absent[name] = open_absent(name, pin, store, offers)
+        except StoreError:  # which has nothing to do with the source
+            raise
         except KittybuildError as error:
             problems.append(error)
     raise_all(problems)

@@ -18,6 +18,7 @@ from kittybuild.store.layout import stored_digests
 from kittybuild.store.packs import named_pack
 from kittybuild.store.problems import damaged
 from kittybuild.store.reading import digests, quick_digest, small_file
+from kittybuild.store.reserve import SIZE, reserved
 from kittybuild.store.roots import Root
 from kittybuild.store.usage import Kept, needed_by
 
@@ -64,7 +65,7 @@ class Checked:
 def check(inside: Inside, extent: Extent) -> Checked:
     """Compare what is in the store with its names."""
     needed = needed_by(inside)
-    damage = [*_index(inside), *_roots(inside), *_small(inside, needed), *_gone(inside, needed)]
+    damage = [*_reserve(inside), *_index(inside), *_roots(inside), *_small(inside, needed), *_gone(inside, needed)]
     chosen, left = _choose(inside, extent)
     size = 0
     for digest, path in chosen:
@@ -124,6 +125,12 @@ def _note(inside: Inside, digest: Digest, extent: Extent) -> None:
     now = int(extent.now)
     thorough = now if extent.full else int(_last(inside, digest, full=True))
     inside.index.put_many(_CHECKED, {digest.hex: [now, thorough]})
+
+
+def _reserve(inside: Inside) -> Iterator[Damage]:
+    """It may be away: then the disk was full."""
+    if reserved(inside.paths) not in (None, SIZE):
+        yield Damage("reserve", inside.paths.reserve, "not the size of a reserve: a full disk could not be cleaned")
 
 
 def _index(inside: Inside) -> Iterator[Damage]:

@@ -90,6 +90,10 @@ class Disk:
             self.pwrite(dst_fd, data, dst_offset + done)
             done += len(data)
 
+    def extend(self, fd: int, size: int) -> None:
+        """Make a file longer, by zeros that take no room."""
+        os.ftruncate(fd, size)
+
     def fsync(self, fd: int) -> None:
         """Return when data and metadata are on the disk."""
         os.fsync(fd)
@@ -155,14 +159,19 @@ class Disk:
         finally:
             os.close(fd)
 
-    def write_file(self, path: str, data: Buffer, mode: int = _READ_ONLY) -> None:
-        """Write a small file whole or not at all, durably; in place of what had the name."""
+    def write_file(self, path: str, data: Buffer, mode: int = _READ_ONLY, size: int = 0) -> None:
+        """Write a small file whole or not at all, durably; in place of what had the name.
+
+        `size`: as many bytes as the file has at least, zeros behind the data.
+        """
         folder = os.path.dirname(os.path.abspath(path))
         temporary = os.path.join(folder, f".{os.urandom(16).hex()}.tmp")
         fd = self.create(temporary)
         try:
             try:
                 self.pwrite(fd, data, 0)
+                if size > memoryview(data).nbytes:
+                    self.extend(fd, size)
                 self.fsync(fd)
             finally:
                 self.close(fd)

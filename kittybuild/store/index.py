@@ -19,13 +19,15 @@ from xxhash import xxh3_64_hexdigest
 from kittybuild.digest import Json, canonical
 from kittybuild.errors import StoreError
 from kittybuild.store.disk import Disk
-from kittybuild.store.problems import full, guarded, index_failed, locked
+from kittybuild.store.problems import NO_ROOM, full, guarded, index_failed, locked
 
 _PATIENCE = 300.0
 _MOST_VARIABLES = 500
 _NEVER = 1 << 40
 _ROWS = "SELECT key, mode, value FROM Cache WHERE raw = 1 AND "
 _SQLITE_FULL = 13
+# What SQLite maps as memory that processes share, set aside by pages of 4096 bytes.
+_SHARED, _PAGE = 1 << 15, 4096
 
 
 class BytesDisk(diskcache.Disk):  # type: ignore[misc]
@@ -75,17 +77,18 @@ class Index:
         The caller holds a lock, so that no other process opens or moves it at the same time.
         """
         disk.makedirs(folder)
+        _see_that_there_is_room(folder)
         try:
             return cls(folder, disk, _open_cache(folder), move_aside)
         except (sqlite3.DatabaseError, diskcache.Timeout) as error:
             if not _is_corrupt(error):
-                raise _problem(folder, error) from error
+                raise _problem(folder, error, disk) from error
         move_aside()
         disk.makedirs(folder)
         try:
             return cls(folder, disk, _open_cache(folder), move_aside)
         except (sqlite3.DatabaseError, diskcache.Timeout) as error:
-            raise _problem(folder, error) from error
+            raise _problem(folder, error, disk) from error
 
     def close(self) -> None:
         """Close the database in this thread."""
@@ -203,7 +206,7 @@ class Index:
             if _is_corrupt(error):
                 self._move_aside()
                 raise index_failed(self._folder, error, moved=True) from error
-            raise _problem(self._folder, error) from error
+            raise _problem(self._folder, error, self._disk) from error
 
 
 def _open_cache(folder: str) -> Any:
@@ -240,12 +243,32 @@ def _cache(folder: str) -> Any:
     )
 
 
-def _problem(folder: str, error: Exception) -> StoreError:
+def _problem(folder: str, error: Exception, disk: Disk) -> StoreError:
     if isinstance(error, diskcache.Timeout):
         return locked(folder, _PATIENCE)
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE_FULL or "is full" in str(error):
         return full(folder)
+    if _is_full(folder, disk):
+        return full(folder, _SHARED)
     return index_failed(folder, error)
+
+
+def _is_full(folder: str, disk: Disk) -> bool:
+    """Whether there is no room, which SQLite tells of its tables and not of its shared memory."""
+    path = os.path.join(folder, f".{os.urandom(16).hex()}.tmp")
+    try:
+        disk.close(disk.create(path, _SHARED))
+        disk.unlink(path)
+    except OSError as error:
+        return error.errno in NO_ROOM
+    return False
+
+
+def _see_that_there_is_room(folder: str) -> None:
+    """Where blocks are smaller than pages, the shared memory has holes, and to fill one on a full disk is SIGBUS."""
+    disk = os.statvfs(folder)
+    if disk.f_frsize < _PAGE and disk.f_bavail * disk.f_frsize < 2 * _SHARED:
+        raise full(folder, 2 * _SHARED)
 
 
 def _is_corrupt(error: Exception) -> bool:

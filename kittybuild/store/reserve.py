@@ -13,9 +13,12 @@ SIZE = 8 << 20
 
 def make_reserve(disk: Disk, paths: Layout, size: int = SIZE) -> bool:
     """Set the space aside if there is room for it; the answer is whether it is there."""
-    if os.path.exists(paths.reserve):
+    left = reserved(paths)
+    if left == size:
         return True
     try:
+        if left is not None:
+            disk.unlink(paths.reserve)
         disk.close(disk.create(paths.reserve, size))
     except FileExistsError:  # another process was first
         return True
@@ -24,6 +27,14 @@ def make_reserve(disk: Disk, paths: Layout, size: int = SIZE) -> bool:
             raise
         return False
     return True
+
+
+def reserved(paths: Layout) -> int | None:
+    """How many bytes are set aside; None if they were given back."""
+    try:
+        return os.stat(paths.reserve).st_size
+    except FileNotFoundError:
+        return None
 
 
 def free_reserve(disk: Disk, paths: Layout) -> None:

@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from kittybuild.store.store import Store
 from tests.building import build, build_into, contents, fails, linear, packs, started
 from tests.faults import assert_sound
 from tests.helpers import pico_llama, write_recipe
+from tests.mounts import mounted
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +51,6 @@ class ReadOnlyDisk(Disk):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
 
-@contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """A real file system on `folder`; the test is skipped where we may not mount."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 class TestDisks:
     def test_a_full_disk_says_so_and_keeps_the_old_model(self, args: Any, recipe: str, tmp_path: Path) -> None:
         build(*args)
@@ -77,16 +63,6 @@ class TestDisks:
         assert caught.value.code == "KB704"
         assert "bytes were wanted" in caught.value.message
         assert contents(tmp_path / "out") == before
-
-    def test_a_disk_that_is_really_full(self, recipe: str, tmp_path: Path) -> None:
-        with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=8m", "tmpfs") as small:
-            (small / "ballast").write_bytes(bytes(8_100_000))
-            args = (recipe, "-o", tmp_path / "out", "--store", small / "store")
-            status, code, error = fails(*args)
-            assert (status, code) == (7, "KB704"), error
-            assert not (tmp_path / "out").exists()
-            (small / "ballast").unlink()  # and with room again it goes on
-            assert build(*args)["outputs"]["merge"]["shards_written"] == 1
 
     def test_a_full_disk_of_the_output_leaves_the_store_complete(self, recipe: str, tmp_path: Path) -> None:
         with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=20k", "tmpfs") as small:

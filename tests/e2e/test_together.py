@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,11 +15,12 @@ import pytest
 
 from kittybuild.digest import Digest
 from kittybuild.store.store import Store
-from tests.building import Answer, build, build_into, contents, started
+from tests.building import Answer, build, contents, run_into, started
 from tests.faults import assert_sound
 from tests.helpers import noise, write_model, write_recipe
 
 PROCESSES = 8
+Outputs = dict[str, dict[str, bytes]]
 SHAPES = {f"model.layers.{n}.weight": (64, 64) for n in range(12)} | {"model.norm.weight": (64,)}
 
 
@@ -48,21 +50,29 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return found
 
 
-def computed(answers: list[Answer]) -> int:
-    return sum(stage["computed"] for answer in answers for stage in answer["stages"].values())
+def computed(answers: list[Answer]) -> dict[str, int]:
+    """How many tensors all builds together computed, by stage."""
+    return {name: sum(answer["stages"][name]["computed"] for answer in answers) for name in ("all", "two", "own")}
 
 
-def outputs(recipes: list[Path]) -> dict[str, dict[str, bytes]]:
+def outputs(recipes: list[Path]) -> Outputs:
     top = recipes[0].parent
     return {f"out{n}": contents(top / f"out{n}") for n in range(PROCESSES)}
 
 
 def together(recipes: list[Path], store: Path, tmp_path: Path, workers: str) -> list[Answer]:
+    """Build each recipe in a process of its own, all of which are ready before the first may begin."""
     answers = [tmp_path / f"answer{n}.json" for n in range(len(recipes))]
     args = ["--store", str(store), "--workers", workers, "--jobs", "2"]
+    ends = [multiprocessing.Pipe() for _ in recipes]
     processes = [
-        started(build_into, str(answer), str(recipe), *args) for answer, recipe in zip(answers, recipes, strict=True)
+        started(run_into, str(answer), "build", str(recipe), *args, begun=end)
+        for answer, recipe, (_, end) in zip(answers, recipes, ends, strict=True)
     ]
+    for mine, _ in ends:
+        mine.recv()
+    for mine, _ in ends:
+        mine.send(None)
     for process in processes:
         process.join(300)
         assert process.exitcode == 0
@@ -72,23 +82,23 @@ def together(recipes: list[Path], store: Path, tmp_path: Path, workers: str) -> 
 
 
 @pytest.fixture(scope="module")
-def alone(recipes: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, dict[str, bytes]]]:
-    """How many derivations there are, and all outputs, when one is built after the other."""
+def alone(recipes: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Outputs]:
+    """How many tensors are computed, and all outputs, when one is built after the other."""
     store = tmp_path_factory.mktemp("alone") / "store"
     answers = [build(recipe, "--store", store, "--workers", "threads") for recipe in recipes]
     return computed(answers), outputs(recipes)
 
 
 def test_eight_processes_compute_each_derivation_once(
-    recipes: list[Path], alone: tuple[int, dict[str, dict[str, bytes]]], tmp_path: Path
+    recipes: list[Path], alone: tuple[dict[str, int], Outputs], tmp_path: Path
 ) -> None:
-    assert alone[0] == len(SHAPES) * (1 + PROCESSES // 2 + PROCESSES)
+    assert alone[0] == {"all": len(SHAPES), "two": len(SHAPES) * PROCESSES // 2, "own": len(SHAPES) * PROCESSES}
     answers = together(recipes, tmp_path / "store", tmp_path, "threads")
     assert computed(answers) == alone[0]
     assert outputs(recipes) == alone[1]
     assert_sound(str(tmp_path / "store"))
     with Store.open(str(tmp_path / "store")) as store:
-        assert store.info().realisations == alone[0]
+        assert store.info().realisations == sum(alone[0].values())
         assert store.info().tmp_bytes == 0
 
 

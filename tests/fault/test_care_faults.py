@@ -18,6 +18,7 @@ from kittybuild.store.pack import read_pack_header
 from kittybuild.store.store import Store
 from kittybuild.tensors import DType
 from tests.building import contents
+from tests.conftest import Counted
 from tests.faults import (
     SMALL_FILE,
     THREE,
@@ -159,9 +160,7 @@ def before(request: pytest.FixtureRequest, folder: Path) -> Before:
     return Before(folder, request.param)
 
 
-def test_the_operations_do_what_they_should(before: Before, capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        print(f"\n{before.name}: {len(before.calls)} file operations, each failed, cut and killed at")
+def test_the_operations_do_what_they_should(before: Before) -> None:
     with Store.open(before.again(), disk=UnsyncedDisk()) as store:
         paths = Layout(store.root)
         packs = {digest for digest, _ in stored_digests(paths.packs, ".safetensors")}
@@ -180,7 +179,8 @@ def test_the_operations_do_what_they_should(before: Before, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL, Fault.TORN])
-def test_killed_at_any_operation(fault: Fault, before: Before) -> None:
+def test_killed_at_any_operation(fault: Fault, before: Before, counted: Counted) -> None:
+    faults = 0
     for n, name in enumerate(before.calls):
         if fault is Fault.TORN and name not in HALVES:
             continue
@@ -190,6 +190,8 @@ def test_killed_at_any_operation(fault: Fault, before: Before) -> None:
         assert disk.dead
         disk.bury()
         before.assert_recovers(f"{fault} at {n}: {name}")
+        faults += 1
+    counted(before.name, len(before.calls), faults)
 
 
 def error_of(operation: Operation, root: str, disk: Disk) -> StoreError | None:
@@ -202,8 +204,8 @@ def error_of(operation: Operation, root: str, disk: Disk) -> StoreError | None:
 
 
 @pytest.mark.parametrize("fault", [Fault.EIO, Fault.ENOSPC, Fault.SHORT])
-def test_a_failure_at_any_operation_is_an_error_of_the_store(fault: Fault, before: Before) -> None:
-    code = "KB704" if fault is Fault.ENOSPC else "KB705"
+def test_a_failure_at_any_operation_is_an_error_of_the_store(fault: Fault, before: Before, counted: Counted) -> None:
+    code, faults = "KB704" if fault is Fault.ENOSPC else "KB705", 0
     for n, name in enumerate(before.calls):
         if fault is Fault.SHORT and name not in HALVES:
             continue
@@ -215,6 +217,8 @@ def test_a_failure_at_any_operation_is_an_error_of_the_store(fault: Fault, befor
             assert (error.code, bool(error.at), bool(error.hint)) == (code, True, True), f"{n}: {name}: {error}"
         disk.bury()
         before.assert_recovers(f"{fault} at {n}: {name}")
+        faults += 1
+    counted(before.name, len(before.calls), faults)
 
 
 def holds(path: str, samples: tuple[Sample, ...]) -> bool:

@@ -13,6 +13,7 @@ from kittybuild.errors import StoreError
 from kittybuild.store.disk import Disk
 from kittybuild.store.store import Store
 from tests.building import contents
+from tests.conftest import Counted
 from tests.faults import Fault, FaultyDisk, Killed, assert_sound, quick_folder
 from tests.helpers import noise, write_model, write_recipe
 
@@ -61,6 +62,7 @@ class Before:
 
     def __init__(self, top: Path, recipes: dict[str, Path], *, update: bool) -> None:
         self.place, self.kept, self.recipe = top / "place", top / f"kept-{update}", recipes["new"]
+        self.name = "publish, update" if update else "publish, first"
         self.old: dict[str, bytes] = {}
         if update:
             run(recipes["old"], self.kept)
@@ -118,8 +120,11 @@ def error_of(recipe: Path, place: Path, disk: Disk) -> StoreError | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "code"), [(Fault.EIO, "KB705"), (Fault.ENOSPC, "KB704")])
-def test_a_failure_at_any_operation_is_an_error_with_a_code(fault: Fault, code: str, before: Before) -> None:
-    for n, name in enumerate(before.calls()):
+def test_a_failure_at_any_operation_is_an_error_with_a_code(
+    fault: Fault, code: str, before: Before, counted: Counted
+) -> None:
+    calls, faults = before.calls(), 0
+    for n, name in enumerate(calls):
         if fault is Fault.ENOSPC and name not in WRITING:
             continue
         disk = FaultyDisk(n, fault)
@@ -130,13 +135,17 @@ def test_a_failure_at_any_operation_is_an_error_with_a_code(fault: Fault, code: 
         else:
             assert (error.code, bool(error.at), bool(error.hint)) == (code, True, True), f"{n}: {name}: {error}"
         before.assert_recovers(f"{fault} at {n}: {name}")
+        faults += 1
+    counted(before.name, len(calls), faults)
 
 
 @pytest.mark.slow
-def test_death_at_any_operation(before: Before) -> None:
-    for n, name in enumerate(before.calls()):
+def test_death_at_any_operation(before: Before, counted: Counted) -> None:
+    calls = before.calls()
+    for n, name in enumerate(calls):
         disk = FaultyDisk(n, Fault.KILL)
         with pytest.raises(Killed):
             run(before.recipe, before.again(), disk)
         disk.bury()
         before.assert_recovers(f"death at {n}: {name}")
+    counted(before.name, len(calls), len(calls))

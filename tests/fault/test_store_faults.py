@@ -15,6 +15,7 @@ from kittybuild.errors import StoreError
 from kittybuild.store.disk import Disk
 from kittybuild.store.pack import PackLayout
 from kittybuild.store.store import FinishedPack, Store
+from tests.conftest import Counted
 from tests.faults import (
     THREE,
     Fault,
@@ -43,11 +44,11 @@ def folder() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture(scope="module", params=["absent", "in use"])
+@pytest.fixture(scope="module", params=["new", "used"])
 def before(request: pytest.FixtureRequest, folder: Path) -> Path:
     """The store that a build begins with: none, or one that holds a tensor, an interrupted pack and a root."""
     root = folder / request.param / "store"
-    if request.param == "in use":
+    if request.param == "used":
         with Store.open(str(root), disk=UnsyncedDisk()) as store:
             pack = put_pack(store, OTHER)
             store.put_file(b'{"model_type": "pico"}')
@@ -83,6 +84,10 @@ def chosen(before: Path, root: Path, fault: Fault) -> Iterator[int]:
             yield n
 
 
+def name_of(before: Path) -> str:
+    return f"put, {before.parent.name} store"
+
+
 def assert_recovered(root: str, reached: list[str], *, realised: bool = True) -> None:
     """The store is sound, what was done is still known, and the same build finishes."""
     assert_sound(root, DIGESTS)
@@ -106,19 +111,23 @@ def assert_recovered(root: str, reached: list[str], *, realised: bool = True) ->
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL, Fault.TORN])
-def test_killed_at_any_call(fault: Fault, before: Path, root: Path) -> None:
-    for n in chosen(before, root, fault):
+def test_killed_at_any_call(fault: Fault, before: Path, root: Path, counted: Counted) -> None:
+    at = list(chosen(before, root, fault))
+    for n in at:
         disk, reached = FaultyDisk(n, fault), []
         with pytest.raises(Killed):
             build(again(before, root), disk, reached)
         disk.bury()
         assert_recovered(str(root), reached)
+    counted(name_of(before), len(calls_of_a_build(before, root)), len(at))
 
 
 @pytest.mark.parametrize("fault", [Fault.EIO, Fault.ENOSPC, Fault.SHORT])
-def test_a_failure_at_any_call_is_an_error_of_the_store(fault: Fault, before: Path, root: Path) -> None:
-    codes = set()
-    for n in chosen(before, root, fault):
+def test_a_failure_at_any_call_is_an_error_of_the_store(
+    fault: Fault, before: Path, root: Path, counted: Counted
+) -> None:
+    codes, at = set(), list(chosen(before, root, fault))
+    for n in at:
         disk, reached = FaultyDisk(n, fault), []
         with pytest.raises(StoreError) as caught:
             build(again(before, root), disk, reached)
@@ -126,7 +135,8 @@ def test_a_failure_at_any_call_is_an_error_of_the_store(fault: Fault, before: Pa
         assert caught.value.at
         disk.bury()
         assert_recovered(str(root), reached)
-    assert codes == {"KB704"} if fault is Fault.ENOSPC else {"KB705"}
+    assert codes == ({"KB704"} if fault is Fault.ENOSPC else {"KB705"})
+    counted(name_of(before), len(calls_of_a_build(before, root)), len(at))
 
 
 def test_after_a_failure_the_same_process_goes_on(before: Path, root: Path) -> None:
@@ -172,8 +182,9 @@ def test_the_power_cut_disk_notices_a_missing_sync(tmp_path: Path) -> None:
     assert (tmp_path / "after/file").read_bytes() == bytes(4)
 
 
-def test_a_process_that_ends_at_any_call(before: Path, root: Path) -> None:
-    for n in chosen(before, root, Fault.EXIT):
+def test_a_process_that_ends_at_any_call(before: Path, root: Path, counted: Counted) -> None:
+    at = list(chosen(before, root, Fault.EXIT))
+    for n in at:
         again(before, root)
         child = os.fork()
         if child == 0:
@@ -184,6 +195,7 @@ def test_a_process_that_ends_at_any_call(before: Path, root: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         assert_sound(str(root), DIGESTS)
         assert build(str(root), UnsyncedDisk()) == PACK
+    counted(name_of(before), len(calls_of_a_build(before, root)), len(at))
 
 
 def test_a_full_disk_says_how_much_was_wanted(tmp_path: Path) -> None:

@@ -25,6 +25,15 @@ def test_a_new_file_has_its_room_set_aside(tmp_path: Path) -> None:
         Disk().create(path, 1)
 
 
+def test_a_small_file_may_stand_for_a_large_one(tmp_path: Path) -> None:
+    path = tmp_path / "header"
+    Disk().write_file(str(path), b"abc", size=1 << 30)
+    stat = path.stat()
+    assert (stat.st_size, stat.st_blocks * 512 < 1 << 20) == (1 << 30, True)
+    with open(path, "rb") as file:
+        assert file.read(5) == b"abc\0\0"
+
+
 def test_a_file_without_room_is_not_left_behind(tmp_path: Path) -> None:
     class Full(Disk):
         def _allocate(self, fd: int, size: int) -> None:

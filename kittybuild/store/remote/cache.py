@@ -28,18 +28,7 @@ class Cache:
     @classmethod
     def open(cls, bucket: Bucket) -> Cache:
         """The cache, as it tells about itself. Raises Unreachable, and RemoteError KB807 for another format."""
-        data = whole(bucket, names.INFO, _LARGEST_INFO)
-        if data is None:
-            return cls(bucket)
-        try:
-            form = json.loads(data)
-            known, forms = form["kittybuild.cache"], tuple(form["blobs"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            known, forms = None, ()
-        if known != FORMAT or not set(forms) <= {RAW, ZSTD} or len(forms) > 2:
-            message = f"not a cache of format {FORMAT}: {names.INFO} says otherwise"
-            raise RemoteError("KB807", message, at=bucket.where, hint="use a newer kittybuild, or another cache")
-        return cls(bucket, forms)
+        return cls(bucket, _told(bucket) or (RAW,))
 
     @property
     def where(self) -> str:
@@ -48,12 +37,10 @@ class Cache:
 
     def tell(self, form: str) -> Cache:
         """The cache, which tells from now on that it has blobs in that form too."""
-        forms = (form, *(other for other in self.forms if other != form))
-        if whole(self.bucket, names.INFO, _LARGEST_INFO) is None:
-            forms = (form,)
-        elif forms == self.forms:
-            return self
-        self.bucket.put(names.INFO, memoryview(canonical({"kittybuild.cache": FORMAT, "blobs": list(forms)})))
+        told = _told(self.bucket)
+        forms = (form, *(other for other in told or () if other != form))
+        if forms != told:
+            self.bucket.put(names.INFO, memoryview(canonical({"kittybuild.cache": FORMAT, "blobs": list(forms)})))
         return Cache(self.bucket, forms)
 
     def blob(self, digest: Digest, nbytes: int) -> Iterator[memoryview] | None:
@@ -86,6 +73,23 @@ class Cache:
     def put_claim(self, kind: str, about: str, signer: str, data: bytes) -> None:
         """Put a claim, instead of the one that this signer made before."""
         self.bucket.put(names.claim(kind, about, signer), memoryview(data))
+
+
+def _told(bucket: Bucket) -> tuple[str, ...] | None:
+    """The forms that a cache tells; None where it tells nothing, or what it was to tell was cut short."""
+    data = whole(bucket, names.INFO, _LARGEST_INFO)
+    try:
+        form = json.loads(data or b"")
+    except (ValueError, RecursionError):
+        return None
+    try:
+        known, forms = form["kittybuild.cache"], tuple(form["blobs"])
+    except (TypeError, KeyError):
+        known, forms = None, ()
+    if known != FORMAT or not forms or not set(forms) <= {RAW, ZSTD} or len(forms) > 2:
+        message = f"not a cache of format {FORMAT}: {names.INFO} says otherwise"
+        raise RemoteError("KB807", message, at=bucket.where, hint="use a newer kittybuild, or another cache")
+    return forms
 
 
 def _packed(data: memoryview) -> memoryview:
