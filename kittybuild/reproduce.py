@@ -21,6 +21,7 @@ from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.checkpoint.source import Entry
 from kittybuild.digest import Digest, Json
 from kittybuild.errors import BuildError, KittybuildError, Problems, SourceError
+from kittybuild.model.made import first_cause, read_derivations
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import find
 from kittybuild.model.recipe import MergeStage
@@ -270,13 +271,6 @@ def _other_build(published: Published, told: Mapping[str, Any], tensor: str) -> 
     for name, pin in said.lock.get("sources", {}).items():
         if name in now and pin.get("content") != now[name].get("content"):
             return f"the source {name} holds other tensors than the one that was merged"
-    before = said.derivations.get(published.stage, {}).get(tensor)
-    after = told.get("derivations", {}).get(published.stage, {}).get(tensor)
-    if not before or not after:
-        return f"{tensor} is made otherwise now"
-    for what, was, is_now in zip(("builder", "version of the builder", "numerics"), before, after, strict=False):
-        if was != is_now:
-            return f"{tensor}: the {what} was {was}, now it is {is_now}"
-    if before[3] != after[3]:
-        return f"{tensor}: its parameters, or tensors of an earlier stage, are others"
-    return f"{tensor}: the same derivation made other bits: please report it"
+    stages = published.stage, published.stage
+    cause = first_cause(said.derivations, read_derivations(told.get("derivations", {})), stages, tensor)
+    return cause or f"{tensor}: the same derivation made other bits: please report it"

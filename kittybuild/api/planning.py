@@ -72,5 +72,6 @@ def explain(
     from kittybuild.planner.lower import origins
 
     known = plan(prepared, store, builders)
-    found = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine, tensor)
+    of_stages = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine)
+    found = {name: of_tensor(tensor) for name, of_tensor in of_stages.items()}
     return explanations(known, found, prepared.recipe, tensor)
