@@ -71,21 +71,24 @@ def why(
 def _last(prepared: Prepared, store: Store | None, name: str) -> _Last | None:
     """The last build of a stage; None if nothing tells of one. Raises VerifyError KB602 for a damaged telling."""
     from kittybuild.publish.folder import PROVENANCE
-    from kittybuild.publish.provenance import read_provenance
+    from kittybuild.publish.provenance import has_provenance, read_provenance
 
     folder, recipe = prepared.folders.get(name), os.path.abspath(prepared.recipe.file)
     roots = [root for root in store.roots() if root.name == name] if store else []
     roots = [root for root in roots if root.folder == folder or (folder is None and root.recipe == recipe)]
     for place in (folder, *(root.folder for root in roots)):
-        if place and os.path.isfile(path := os.path.join(place, PROVENANCE)):
+        if place and has_provenance(place):
             said = read_provenance(place)
-            return _Last(path, said.stage, said.manifest, said.derivations, said.text, said.numerics)
+            return _Last(
+                os.path.join(place, PROVENANCE), said.stage, said.manifest, said.derivations, said.text, said.numerics
+            )
     for root in roots:
         assert store is not None  # the roots are from it
         manifest = store.manifest(root.manifest)
-        told = store.read_file(root.also[0]) if root.also else None
-        if manifest and told:
-            return _Last(f"the store {store.root}", name, manifest, read_derivations(json.loads(told)["derivations"]))
+        record = store.read_file(root.also[0]) if root.also else None
+        if manifest and record:
+            made = read_derivations(json.loads(record)["derivations"])
+            return _Last(f"the store {store.root}", name, manifest, made)
     return None
 
 

@@ -20,10 +20,8 @@ _SELDOM = (
 DEPTH = 5_000
 """Python's own 1,000 end at chains of some 200 stages: each is asked for by the one after it."""
 _COMMANDS = MappingProxyType(
-    {
-        name: name
-        for name in ("build", "plan", "why", "lock", "verify", "reproduce", "publish", "methods", "store", "cache")
-    }
+    {name: name for name in ("build", "plan", "why", "lock", "verify", "reproduce", "diff", "publish", "methods")}
+    | {name: name for name in ("store", "cache")}
     | {name: name for name in ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon")}
     | {"merge-lora": "merge_lora", "legacy": "legacy"}
 )

@@ -96,6 +96,9 @@ METHODS = click.option(
 OFFLINE = click.option("--offline", is_flag=True, help="Never connect: what is not on this machine is an error.")
 READING = options(NUMERICS, METHODS, OFFLINE)
 """How a recipe is read, and its sources found."""
+WITHIN = click.option(
+    "--within", type=click.IntRange(0), metavar="N", help="Differences of N units in the last place are no difference."
+)
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Say more.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

@@ -10,12 +10,11 @@ import click
 from kittybuild import api
 from kittybuild.builders.plugins import load
 from kittybuild.cli.common import (
+    BUDGET,
     JSON,
-    METHODS,
-    NUMERICS,
-    OFFLINE,
+    READING,
+    RECIPE,
     STORE,
-    Size,
     amount,
     answers,
     capability,
@@ -27,15 +26,11 @@ from kittybuild.store.store import Store
 
 
 @click.command("plan")
-@click.argument("recipe", type=click.Path(dir_okay=False))
-@click.argument("stages", nargs=-1)
+@RECIPE
 @click.option("--explain", metavar="TENSOR", help="Show how this tensor is made, with where each parameter comes from.")
 @STORE
-@click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
-@NUMERICS
-@METHODS
-@OFFLINE
+@BUDGET
+@READING
 @JSON
 @answers
 def command(

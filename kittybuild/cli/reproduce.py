@@ -8,14 +8,13 @@ import click
 
 from kittybuild.builders.plugins import load
 from kittybuild.cli.common import (
+    BUDGET,
     JSON,
-    METHODS,
-    NUMERICS,
-    OFFLINE,
+    READING,
     STORE,
+    WITHIN,
     WORKERS,
     Found,
-    Size,
     answers,
     capability,
     cores,
@@ -38,17 +37,12 @@ from kittybuild.store.store import Store
     multiple=True,
     help="Where a source of the recipe lies; may be repeated.",
 )
-@click.option(
-    "--within", type=click.IntRange(0), metavar="N", help="Differences of N units in the last place are no difference."
-)
+@WITHIN
 @click.option("--fresh", is_flag=True, help="Compute all of it, in an empty store that is deleted afterwards.")
 @STORE
-@click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
+@BUDGET
 @WORKERS
-@NUMERICS
-@METHODS
-@OFFLINE
+@READING
 @JSON
 @answers
 def command(

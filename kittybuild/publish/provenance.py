@@ -46,6 +46,11 @@ class Provenance:
         return {file: shard.names for file, shard in zip(names, self.manifest.shards, strict=True)}
 
 
+def has_provenance(folder: str) -> bool:
+    """Whether something that should be read stands there."""
+    return os.path.isfile(os.path.join(folder, PROVENANCE))
+
+
 def read_provenance(folder: str) -> Provenance:
     """What the kittybuild.json in a folder says. Raises VerifyError KB602 for none, or one that contradicts itself."""
     path = os.path.join(folder, PROVENANCE)
