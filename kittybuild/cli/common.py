@@ -167,6 +167,11 @@ def amount(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
+def note(text: str) -> None:
+    """Tell a person what is good to know."""
+    click.echo(f"note: {text}", err=True)
+
+
 def cores() -> int:
     """The processor cores that we may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

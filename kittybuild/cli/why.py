@@ -18,6 +18,7 @@ from kittybuild.cli.common import (
     VERBOSE,
     answers,
     capability,
+    note,
     output,
     store_folder,
 )
@@ -51,10 +52,13 @@ def command(
     """Show what changed since the last build of RECIPE's outputs (or of the STAGEs), and what a build would compute."""
     builders = load(files)
     parsed = api.read_recipe(recipe, builders, numerics)
-    caches = offers(recipe, _note, **asked)
+    caches = offers(recipe, note, **asked)
     prepared = api.prepare(parsed, stages, output, builders, capability(), offline, caches=caches is not None)
     folder = store_folder(store, recipe)
-    with Store.open(folder) if Store.exists(folder) else nullcontext() as opened:
+    needed = Store.exists(folder) or prepared.absent  # headers of sources that are not here must lie somewhere
+    with Store.open(folder) if needed else nullcontext() as opened:
+        if opened:
+            opened.expect_unfinished()
         found = api.why(prepared, opened, builders, offers=caches, tensor=tensor, capability=capability())
     if tensor is not None:
         chains = {one.output: [link.to_json() for link in one.chain] for one in found}
@@ -66,10 +70,6 @@ def command(
             _print(one, verbose)
     changed = any(one.changed for one in found)
     return {"ok": True, "changed": changed, "outputs": {one.output: one.to_json() for one in found}}
-
-
-def _note(text: str) -> None:
-    click.echo(f"note: {text}", err=True)
 
 
 def _print(found: Why, verbose: bool) -> None:
