@@ -25,6 +25,7 @@ from kittybuild.cli.common import (
     answers,
     capability,
     cores,
+    note,
     output,
     store_folder,
 )
@@ -144,8 +145,8 @@ def _key(path: str) -> SigningKey:
 
 
 def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    for text in notes:
+        note(text)
     for name, stage in report.stages.items():
         fetched = f"{stage.fetched} fetched, " if stage.fetched else ""
         click.echo(

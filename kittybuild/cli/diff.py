@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kittybuild.cli.common import BUDGET, JSON, VERBOSE, WITHIN, Found, answers, cores
+from kittybuild.cli.common import BUDGET, JSON, VERBOSE, WITHIN, Found, answers, cores, note
 from kittybuild.errors import VerifyError
 from kittybuild.publish.compare import IDENTICAL
 from kittybuild.publish.diff import Diff, Pattern, diff, open_side, patterns
@@ -39,8 +39,8 @@ def command(
 
 
 def _print(found: Diff, verbose: bool) -> None:
-    for note in found.notes:
-        click.echo(f"note: {note}", err=True)
+    for text in found.notes:
+        note(text)
     same = sum(one.how == IDENTICAL for one in found.tensors)
     click.echo(f"{same} of {len(found.tensors)} tensors are bit-identical")
     for pattern in patterns(found.tensors):

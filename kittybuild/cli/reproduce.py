@@ -18,6 +18,7 @@ from kittybuild.cli.common import (
     answers,
     capability,
     cores,
+    note,
     store_folder,
 )
 from kittybuild.cli.progress import shown
@@ -95,8 +96,8 @@ def _split(word: str) -> tuple[str, str]:
 
 
 def _print(done: Reproduction) -> None:
-    for note in done.notes:
-        click.echo(f"note: {note}", err=True)
+    for text in done.notes:
+        note(text)
     same = sum(one.how == IDENTICAL for one in done.tensors)
     close = [one for one in done.tensors if one.how != IDENTICAL and one.ulps is not None]
     click.echo(

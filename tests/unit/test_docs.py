@@ -158,7 +158,7 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 
 
 COMMANDS = (
-    *("build", "plan", "why", "lock", "verify", "reproduce", "diff", "publish", "methods"),
+    *("build", "plan", "why", "lock", "verify", "reproduce", "diff", "publish", "methods", "schema"),
     *("store info", "store roots", "store gc", "store check", "store repair"),
     *("cache keygen", "cache push", "cache pull", "cache info"),
 )
