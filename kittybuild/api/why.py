@@ -19,6 +19,7 @@ from kittybuild.store.store import Store
 
 if TYPE_CHECKING:
     from kittybuild.planner.causes import Before, Lowered
+    from kittybuild.planner.known import Known
     from kittybuild.planner.offers import Offers
     from kittybuild.planner.why import Why
 
@@ -58,7 +59,7 @@ def why(
         return tuple(
             nothing(name, prepared.folders.get(name), last.where, last.manifest) for name, last in same.items()
         )
-    now = _lowered(prepared, store, builders, offers)
+    now = _lowered(prepared, builders, plan(prepared, store, builders, offers))
     found = []
     for name, last in lasts.items():
         before = _before(prepared, now, last, store, builders, capability) if last else None
@@ -92,11 +93,10 @@ def _last(prepared: Prepared, store: Store | None, name: str) -> _Last | None:
     return None
 
 
-def _lowered(prepared: Prepared, store: Store | None, builders: Builders, offers: Offers | None = None) -> Lowered:
+def _lowered(prepared: Prepared, builders: Builders, known: Known) -> Lowered:
     from kittybuild.planner.causes import Lowered
     from kittybuild.planner.lower import origins
 
-    known = plan(prepared, store, builders, offers)
     found = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine)
     return Lowered(prepared.recipe, known, found)
 
@@ -117,7 +117,8 @@ def _before(
         try:
             old = recipe_of(last.text, recipe.file, builders, last.numerics)
             again = prepare(old, (last.stage,), None, builders, capability, offline=True, lock=prepared.pins)
-            then = _lowered(again, store, builders)
+            known = plan(again, None, builders)  # only what it says is compared, and not what is known of it
+            then = _lowered(again, builders, plan(again, store, builders) if known.plan.open else known)
         except KittybuildError:  # a source that is gone, or a word that nobody knows any more
             then = None
     return Before(last.stage, last.manifest, last.made, then, texts)

@@ -19,7 +19,7 @@ from kittybuild.tensors import DType
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TEXT = "Text"
 _PARAMETERS = "Parameters"
-_ANY_NUMBER = ["number", "string"]  # YAML reads 1e-4 as text
+_ANY_NUMBER = ("number", "string")  # YAML reads 1e-4 as text
 Schema = dict[str, Any]
 
 
@@ -158,4 +158,4 @@ def _scalar(param: Param) -> Schema:
     if param.kind is bool:
         return {"type": ["boolean", *_ANY_NUMBER]}
     limits = {"minimum": param.low, "maximum": param.high}
-    return {"type": _ANY_NUMBER, **{word: limit for word, limit in limits.items() if limit is not None}}
+    return {"type": list(_ANY_NUMBER), **{word: limit for word, limit in limits.items() if limit is not None}}

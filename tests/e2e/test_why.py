@@ -210,6 +210,26 @@ class TestTheWorld:
         assert found["version", "version of ties"] == ("0", str(made[1]), 1)
         assert found["machine", "the machine"] == ("torch 1.0 VAX", "", 1)
 
+    def test_another_tokenizer(self, tmp_path: Path) -> None:
+        """Which row goes where follows from the tokenizers' files: no text of the recipe, and no weight, is another."""
+        pico_llama(tmp_path / "base", 0, tokenizer=True)
+        pico_llama(tmp_path / "happy", 1, base=tmp_path / "base", tokenizer=True)
+        tokenizer = tmp_path / "happy/tokenizer.json"
+        text = tokenizer.read_text(encoding="utf-8")
+        tokenizer.write_text(text.replace('"w7"', '"w7b"'), encoding="utf-8")
+        weights = {tmp_path / "base": 0.5, tmp_path / "happy": 0.5}
+        recipe = linear(tmp_path, weights, tokenizer_source="union")
+        args = ("-o", tmp_path / "out", "--store", tmp_path / "store")
+        build(recipe, *args)
+        tokenizer.write_text(text.replace('"w8"', '"w8b"'), encoding="utf-8")
+        found = why(tmp_path, "-o", tmp_path / "out")["outputs"]["merge"]
+        assert {cause["kind"] for cause in found["causes"]} == {"files"}, found["causes"]
+        names = {name for cause in found["causes"] for _, name, _ in cause["names"]}
+        assert names == {"lm_head.weight", "model.embed_tokens.weight"}
+        assert "tokenizer.json" in found["files"]
+        stages = build(recipe, *args)["stages"]
+        assert sum(stage["computed"] for stage in stages.values()) == found["computed"] > 0
+
     def test_what_the_store_has_lost(self, folder: Path) -> None:
         shutil.rmtree(folder / "store/packs")
         (folder / "store/packs").mkdir()
