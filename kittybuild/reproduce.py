@@ -19,8 +19,9 @@ from kittybuild.builders.base import Builders
 from kittybuild.builders.registry import BUILTIN
 from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.checkpoint.source import Entry
-from kittybuild.digest import Digest, Json
+from kittybuild.digest import Digest
 from kittybuild.errors import BuildError, KittybuildError, Problems, SourceError
+from kittybuild.model.made import first_cause, read_derivations
 from kittybuild.model.manifest import Manifest
 from kittybuild.model.method import find
 from kittybuild.model.recipe import MergeStage
@@ -28,12 +29,12 @@ from kittybuild.publish.compare import (
     CLOSE,
     DIFFERENT,
     IDENTICAL,
-    ONLY_PUBLISHED,
-    ONLY_REBUILT,
+    NAMES,
     OTHER_DTYPE,
     OTHER_SHAPE,
     Compared,
     compare,
+    only,
 )
 from kittybuild.publish.published import Published
 from kittybuild.store.store import Store
@@ -69,16 +70,12 @@ class Reproduction:
 
     def apart(self, within: int | None = None) -> tuple[Compared, ...]:
         """The tensors that are not the same. `within`: so many units in the last place are the same."""
-        return tuple(
-            one
-            for one in self.tensors
-            if one.how != IDENTICAL and not (one.how == CLOSE and within is not None and (one.ulps or 0) <= within)
-        )
+        return tuple(one for one in self.tensors if not one.within(within))
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         """As `reproduce --json` prints it."""
         counts = Counter(one.how for one in self.tensors)
-        kinds = (IDENTICAL, CLOSE, DIFFERENT, ONLY_PUBLISHED, ONLY_REBUILT, OTHER_DTYPE, OTHER_SHAPE)
+        kinds = (IDENTICAL, CLOSE, DIFFERENT, *map(only, NAMES), OTHER_DTYPE, OTHER_SHAPE)
         return {
             "of": self.published.where,
             "recipe": self.published.found_in,
@@ -247,7 +244,7 @@ def _cause(
                 return f"{one.name} is not what the folder's kittybuild.json says: it was changed after the build"
         return _other_build(published, told, apart[0][0].name)
     first = apart[0][0]
-    if first.how in (ONLY_PUBLISHED, ONLY_REBUILT, OTHER_DTYPE, OTHER_SHAPE):
+    if first.how not in (CLOSE, DIFFERENT):
         return f"{first}: the sources are others, or the recipe was changed"
     for stage in merges:
         method = find(builders.methods(stage.numerics), stage.method)
@@ -270,13 +267,6 @@ def _other_build(published: Published, told: Mapping[str, Any], tensor: str) -> 
     for name, pin in said.lock.get("sources", {}).items():
         if name in now and pin.get("content") != now[name].get("content"):
             return f"the source {name} holds other tensors than the one that was merged"
-    before = said.derivations.get(published.stage, {}).get(tensor)
-    after = told.get("derivations", {}).get(published.stage, {}).get(tensor)
-    if not before or not after:
-        return f"{tensor} is made otherwise now"
-    for what, was, is_now in zip(("builder", "version of the builder", "numerics"), before, after, strict=False):
-        if was != is_now:
-            return f"{tensor}: the {what} was {was}, now it is {is_now}"
-    if before[3] != after[3]:
-        return f"{tensor}: its parameters, or tensors of an earlier stage, are others"
-    return f"{tensor}: the same derivation made other bits: please report it"
+    stages = published.stage, published.stage
+    cause = first_cause(said.derivations, read_derivations(told.get("derivations", {})), stages, tensor)
+    return cause or f"{tensor}: the same derivation made other bits: please report it"

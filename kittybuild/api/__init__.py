@@ -7,6 +7,7 @@ from kittybuild.api.caches import pull, push
 from kittybuild.api.planning import explain, plan
 from kittybuild.api.preparing import LockReport, Prepared, lock, prepare, read_recipe, recipe_of, recipe_text
 from kittybuild.api.reports import BuildReport, OutputReport, StageReport
+from kittybuild.api.why import why
 from kittybuild.model.plan import Plan
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "recipe_of",
     "recipe_text",
     "record",
+    "why",
 ]

@@ -65,12 +65,13 @@ def looked_up(made: Plan, sources: Sources, store: Store | None, offers: Offers 
 
 
 def explain(
-    prepared: Prepared, store: Store | None, tensor: str, builders: Builders = BUILTIN
+    prepared: Prepared, store: Store | None, tensor: str, builders: Builders = BUILTIN, offers: Offers | None = None
 ) -> tuple[Explanation, ...]:
     """What makes the tensor of that name in each stage that has it, and where its parameters come from."""
     from kittybuild.planner.explain import explanations
     from kittybuild.planner.lower import origins
 
-    known = plan(prepared, store, builders)
-    found = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine, tensor)
+    known = plan(prepared, store, builders, offers)
+    of_stages = origins(prepared.recipe, prepared.wanted, known.sources, builders, prepared.machine)
+    found = {name: of_tensor(tensor) for name, of_tensor in of_stages.items()}
     return explanations(known, found, prepared.recipe, tensor)

@@ -59,6 +59,10 @@ class Files:
         with self._lock:
             self.bytes_read += done
 
+    def same(self, one: str, two: str) -> bool:
+        """Whether two paths lead to one file; raises SourceError KB201."""
+        return os.path.sameopenfile(self.descriptor(one), self.descriptor(two))
+
     def reader(self, entry: Entry) -> Reader:
         """A reader of one tensor of a source."""
         if entry.encoding == RAW:

@@ -6,7 +6,6 @@ import gc
 import importlib
 import json
 import sys
-from types import MappingProxyType
 
 import click
 
@@ -19,10 +18,9 @@ _SELDOM = (
 )  # what torch makes at its start is kept: looking through it again and again costs half a second
 DEPTH = 5_000
 """Python's own 1,000 end at chains of some 200 stages: each is asked for by the one after it."""
-_COMMANDS = MappingProxyType(
-    {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store", "cache")}
-    | {name: name for name in ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon")}
-    | {"merge-lora": "merge_lora", "legacy": "legacy"}
+_COMMANDS = (
+    *("build", "plan", "why", "lock", "verify", "reproduce", "diff", "publish", "methods", "schema", "store", "cache"),
+    *("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "merge-lora", "legacy"),
 )
 
 
@@ -35,7 +33,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"kittybuild.cli.{_COMMANDS[cmd_name]}")
+        module = importlib.import_module(f"kittybuild.cli.{cmd_name.replace('-', '_')}")
         return module.command  # type: ignore[no-any-return]
 
     def invoke(self, ctx: click.Context) -> object:

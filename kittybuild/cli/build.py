@@ -13,18 +13,20 @@ from kittybuild import api
 from kittybuild.builders.plugins import load
 from kittybuild.cli.caches import caches_options, offers
 from kittybuild.cli.common import (
+    BUDGET,
     JSON,
-    METHODS,
-    NUMERICS,
-    OFFLINE,
+    READING,
+    RECIPE,
     STORE,
+    VERBOSE,
     WORKERS,
     Found,
-    Size,
     amount,
     answers,
     capability,
     cores,
+    note,
+    output,
     store_folder,
 )
 from kittybuild.cli.progress import shown
@@ -46,16 +48,12 @@ def peak_rss() -> int:
 
 
 @click.command("build")
-@click.argument("recipe", type=click.Path(dir_okay=False))
-@click.argument("stages", nargs=-1)
-@click.option("-o", "--output", metavar="DIR", help="The output folder (instead of the recipe's).")
+@RECIPE
+@output("The output folder (instead of the recipe's).")
 @STORE
-@click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
+@BUDGET
 @WORKERS
-@NUMERICS
-@METHODS
-@OFFLINE
+@READING
 @caches_options
 @click.option("--check-model", is_flag=True, help="Compare each output with its config.json (needs transformers).")
 @click.option("--check", is_flag=True, help="Build all of it a second time, in an empty store, and compare.")
@@ -63,7 +61,7 @@ def peak_rss() -> int:
     "--attest", metavar="KEYFILE", help="Sign an attestation of each output with this key, as `cache keygen` makes it."
 )
 @JSON
-@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@VERBOSE
 @answers
 def command(
     recipe: str,
@@ -147,8 +145,8 @@ def _key(path: str) -> SigningKey:
 
 
 def _print(report: api.BuildReport, notes: list[str], verbose: bool) -> None:
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    for text in notes:
+        note(text)
     for name, stage in report.stages.items():
         fetched = f"{stage.fetched} fetched, " if stage.fetched else ""
         click.echo(

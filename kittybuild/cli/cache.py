@@ -9,8 +9,8 @@ import click
 
 from kittybuild import api
 from kittybuild.builders.plugins import load
-from kittybuild.cli.caches import TRUSTED, bucket, offers
-from kittybuild.cli.common import JSON, METHODS, NUMERICS, OFFLINE, STORE, amount, answers, capability, store_folder
+from kittybuild.cli.caches import QUORUM, TRUSTED, bucket, offers
+from kittybuild.cli.common import JSON, READING, RECIPE, STORE, amount, answers, capability, store_folder
 from kittybuild.cli.progress import shown
 from kittybuild.cli.settings import config_folder
 from kittybuild.errors import RemoteError
@@ -51,9 +51,7 @@ def keygen(name: str, output: str | None, as_json: bool) -> dict[str, Any]:
 @click.option("--key", "key_file", metavar="FILE", envvar="KITTYBUILD_KEY", help="The secret key that signs.")
 @click.option("--zstd", is_flag=True, help="Compress tensors on the way.")
 @STORE
-@NUMERICS
-@METHODS
-@OFFLINE
+@READING
 @JSON
 @answers
 def push(
@@ -89,15 +87,12 @@ def push(
 
 
 @command.command("pull")
-@click.argument("recipe", type=click.Path(dir_okay=False))
-@click.argument("stages", nargs=-1)
+@RECIPE
 @click.option("--from", "urls", metavar="URL", multiple=True, help="The cache; may be given again.")
 @TRUSTED
-@click.option("--quorum", type=click.IntRange(1), default=1, metavar="N", help="So many trusted keys must agree.")
+@QUORUM
 @STORE
-@NUMERICS
-@METHODS
-@OFFLINE
+@READING
 @JSON
 @answers
 def pull(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from kittybuild.cli.common import options
 from kittybuild.cli.settings import Settings, personal_settings, project_settings
 from kittybuild.planner.offers import AUTO, MODES, NEVER, Offers
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 TRUSTED = click.option(
     "--trust", "trusted", metavar="KEY", multiple=True, help="Believe this key (name-1:base64); may be given again."
 )
-_OPTIONS = (
+QUORUM = click.option(
+    "--quorum", type=click.IntRange(1), default=1, metavar="N", help="So many trusted keys must agree."
+)
+caches_options = options(
     click.option(
         "--substituter",
         "substituters",
@@ -34,7 +38,7 @@ _OPTIONS = (
         show_default=True,
         help="What to take from caches: what is faster to fetch than to compute, all, or nothing.",
     ),
-    click.option("--quorum", type=click.IntRange(1), default=1, metavar="N", help="So many trusted keys must agree."),
+    QUORUM,
     click.option(
         "--audit",
         type=click.FloatRange(0, 100),
@@ -43,13 +47,7 @@ _OPTIONS = (
         help="Compute this share of what could be fetched, and stop if it is not what was signed.",
     ),
 )
-
-
-def caches_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that `offers` takes."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+"""What `offers` takes."""
 
 
 def offers(

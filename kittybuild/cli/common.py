@@ -45,16 +45,39 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         return float(int(text[:-1]) * unit)
 
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def options(*given: Decorator) -> Decorator:
+    """Several options (and arguments) as one decorator, in this order."""
+
+    def declare(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return declare
+
+
+def output(meaning: str) -> Decorator:
+    """Where something goes, or lies."""
+    return click.option("-o", "--output", metavar="DIR", help=meaning)
+
+
+RECIPE = options(click.argument("recipe", type=click.Path(dir_okay=False)), click.argument("stages", nargs=-1))
 STORE = click.option(
     "--store", metavar="DIR", help="The store. Default: KITTYBUILD_STORE, kittybuild.yml, the user's cache."
 )
-NUMERICS = click.option(
-    "--numerics", metavar="CLASS", help="The arithmetic of merges that name none. Default: the recipe's, else kitty-1."
-)
-METHODS = click.option(
-    "--methods", "files", metavar="FILE", multiple=True, help="A Python file with merge methods; may be given again."
-)
-OFFLINE = click.option("--offline", is_flag=True, help="Never connect: what is not on this machine is an error.")
+MEMORY = click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
+
+
+def jobs(*more: str) -> Decorator:
+    """How many tensors are made side by side; `more`: other words for it."""
+    meaning = "Tensors made side by side. Default: the cores."
+    return click.option("--jobs", *more, "jobs", type=click.IntRange(1), default=None, help=meaning)
+
+
+BUDGET = options(MEMORY, jobs())
 WORKERS = click.option(
     "--workers",
     type=click.Choice(["processes", "threads"]),
@@ -64,6 +87,19 @@ WORKERS = click.option(
     show_default=True,
     help="What makes tensors side by side.",
 )
+NUMERICS = click.option(
+    "--numerics", metavar="CLASS", help="The arithmetic of merges that name none. Default: the recipe's, else kitty-1."
+)
+METHODS = click.option(
+    "--methods", "files", metavar="FILE", multiple=True, help="A Python file with merge methods; may be given again."
+)
+OFFLINE = click.option("--offline", is_flag=True, help="Never connect: what is not on this machine is an error.")
+READING = options(NUMERICS, METHODS, OFFLINE)
+"""How a recipe is read, and its sources found."""
+WITHIN = click.option(
+    "--within", type=click.IntRange(0), metavar="N", help="Differences of N units in the last place are no difference."
+)
+VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Say more.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -129,6 +165,11 @@ def amount(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def note(text: str) -> None:
+    """Tell a person what is good to know."""
+    click.echo(f"note: {text}", err=True)
 
 
 def cores() -> int:

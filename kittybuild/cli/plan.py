@@ -9,17 +9,18 @@ import click
 
 from kittybuild import api
 from kittybuild.builders.plugins import load
+from kittybuild.cli.caches import caches_options, offers
 from kittybuild.cli.common import (
+    BUDGET,
     JSON,
-    METHODS,
-    NUMERICS,
-    OFFLINE,
+    READING,
+    RECIPE,
     STORE,
-    Size,
     amount,
     answers,
     capability,
     cores,
+    note,
     store_folder,
 )
 from kittybuild.planner.estimate import Estimate, estimate
@@ -27,15 +28,12 @@ from kittybuild.store.store import Store
 
 
 @click.command("plan")
-@click.argument("recipe", type=click.Path(dir_okay=False))
-@click.argument("stages", nargs=-1)
+@RECIPE
 @click.option("--explain", metavar="TENSOR", help="Show how this tensor is made, with where each parameter comes from.")
 @STORE
-@click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
-@NUMERICS
-@METHODS
-@OFFLINE
+@BUDGET
+@READING
+@caches_options
 @JSON
 @answers
 def command(
@@ -49,29 +47,36 @@ def command(
     files: tuple[str, ...],
     offline: bool,
     as_json: bool,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Show what building RECIPE would compute, link, copy, read and write. Starts neither torch nor transformers."""
+    """Show what building RECIPE would compute, fetch, link, copy, read and write. Starts no torch."""
     builders = load(files)
-    prepared = api.prepare(api.read_recipe(recipe, builders, numerics), stages, None, builders, capability(), offline)
+    caches = offers(recipe, note, **asked)
+    parsed = api.read_recipe(recipe, builders, numerics)
+    prepared = api.prepare(parsed, stages, None, builders, capability(), offline, caches=caches is not None)
     folder = store_folder(store, recipe)
-    with Store.open(folder) if Store.exists(folder) else nullcontext() as opened:
+    needed = Store.exists(folder) or prepared.absent  # headers of sources that are not here must lie somewhere
+    with Store.open(folder) if needed else nullcontext() as opened:
         if explain is not None:
-            told = api.explain(prepared, opened, explain, builders)
+            told = api.explain(prepared, opened, explain, builders, caches)
             if not as_json:
                 click.echo("\n".join(line for one in told for line in one.lines()))
             return {"ok": True, "explain": [one.to_json() for one in told]}
-        found = estimate(api.plan(prepared, opened, builders), builders, memory=memory, jobs=jobs or cores())
+        if opened:
+            opened.expect_unfinished()
+        found = estimate(api.plan(prepared, opened, builders, caches), builders, memory=memory, jobs=jobs or cores())
     if not as_json:
         _print(found)
     return {"ok": True, **found.to_json(), "folders": dict(prepared.folders)}
 
 
 def _print(found: Estimate) -> None:
-    for note in found.notes:
-        click.echo(f"note: {note}", err=True)
+    for text in found.notes:
+        note(text)
     for name, stage in found.stages.items():
         click.echo(f"{name} ({stage.kind}): {stage.tensors} tensors")
-        click.echo(f"  compute {stage.computed}, copy {stage.copied}, there already {stage.there}")
+        fetch = f"fetch {stage.fetched} ({amount(stage.fetched_bytes)}), " if stage.fetched else ""
+        click.echo(f"  compute {stage.computed}, {fetch}copy {stage.copied}, there already {stage.there}")
         if stage.shards:
             click.echo(f"  shards: {stage.shards - stage.linked} to write, {stage.linked} to link")
         click.echo(f"  read {amount(stage.read)}, write {amount(stage.written)}")

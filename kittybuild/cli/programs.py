@@ -19,14 +19,13 @@ from kittybuild.builders.plugins import load
 from kittybuild.cli.build import told
 from kittybuild.cli.common import (
     JSON,
-    METHODS,
-    NUMERICS,
-    OFFLINE,
+    MEMORY,
+    READING,
     STORE,
-    Size,
     answers,
     capability,
     cores,
+    jobs,
     store_folder,
 )
 from kittybuild.cli.progress import Quiet, shown
@@ -87,19 +86,9 @@ class PeerSize(click.ParamType):  # type: ignore[type-arg]
 _SHARED = (
     click.option("--print-recipe", is_flag=True, help="Show the recipe that says the same, and stop."),
     STORE,
-    click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget."),
-    click.option(
-        "--jobs",
-        "--num-threads",
-        "-j",
-        "jobs",
-        type=click.IntRange(1),
-        default=None,
-        help="Tensors made side by side. Default: the cores.",
-    ),
-    NUMERICS,
-    METHODS,
-    OFFLINE,
+    MEMORY,
+    jobs("--num-threads", "-j"),
+    READING,
     click.option("--out-shard-size", type=PeerSize(), metavar="SIZE", help="The most bytes of a shard: 5B is 5 GB."),
     click.option("--random-seed", type=int, metavar="N", help="What methods draw from that draw random numbers."),
     click.option(

@@ -8,17 +8,17 @@ import click
 
 from kittybuild.builders.plugins import load
 from kittybuild.cli.common import (
+    BUDGET,
     JSON,
-    METHODS,
-    NUMERICS,
-    OFFLINE,
+    READING,
     STORE,
+    WITHIN,
     WORKERS,
     Found,
-    Size,
     answers,
     capability,
     cores,
+    note,
     store_folder,
 )
 from kittybuild.cli.progress import shown
@@ -38,17 +38,12 @@ from kittybuild.store.store import Store
     multiple=True,
     help="Where a source of the recipe lies; may be repeated.",
 )
-@click.option(
-    "--within", type=click.IntRange(0), metavar="N", help="Differences of N units in the last place are no difference."
-)
+@WITHIN
 @click.option("--fresh", is_flag=True, help="Compute all of it, in an empty store that is deleted afterwards.")
 @STORE
-@click.option("--memory", type=Size(), default="4GB", show_default=True, help="The memory budget.")
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Tensors made side by side. Default: the cores.")
+@BUDGET
 @WORKERS
-@NUMERICS
-@METHODS
-@OFFLINE
+@READING
 @JSON
 @answers
 def command(
@@ -101,8 +96,8 @@ def _split(word: str) -> tuple[str, str]:
 
 
 def _print(done: Reproduction) -> None:
-    for note in done.notes:
-        click.echo(f"note: {note}", err=True)
+    for text in done.notes:
+        note(text)
     same = sum(one.how == IDENTICAL for one in done.tensors)
     close = [one for one in done.tensors if one.how != IDENTICAL and one.ulps is not None]
     click.echo(

@@ -20,17 +20,19 @@ BLOCKS = 24_000_000
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage: numbers of tensors and shards, bytes read and written, companion files."""
+    """One stage: numbers of tensors and shards, bytes read, written and fetched from caches, companion files."""
 
     kind: str
     tensors: int
     computed: int
     copied: int
     there: int
+    fetched: int
     shards: int
     linked: int
     read: int
     written: int
+    fetched_bytes: int
     files: tuple[str, ...]
 
 
@@ -38,8 +40,8 @@ class StageEstimate:
 class Estimate:
     """A whole build. Where contents are unknown it assumes the most: that all that hangs on them is computed.
 
-    `download`: bytes that come over the network. `quantized`: how many tensors of a source are stored in each quantized
-    type.
+    `download`: bytes that come over the network, from the Hub and caches. `quantized`: how many tensors of a source are
+    stored in each quantized type.
     """
 
     stages: Mapping[str, StageEstimate]
@@ -59,9 +61,9 @@ def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Est
     """What building the plan behind `known` would take with that budget (bytes) and number of workers."""
     works = [stage_work(known.plan, name, known) for name in known.plan.stages]
     stages = {work.stage.name: _stage(work, known) for work in works}
-    computes = any(stage.computed or stage.copied for stage in stages.values())
+    computes = any(stage.computed or stage.copied or stage.fetched for stage in stages.values())
     peak = min(memory, RUNTIME + jobs * BLOCKS + _largest_whole(known, works, builders)) if computes else 60_000_000
-    missing = sum(each.missing for each in downloads(known))
+    missing = sum(each.missing for each in downloads(known)) + sum(stage.fetched_bytes for stage in stages.values())
     quantized = {name: found for name, one in known.sources.checkpoints.items() if (found := one.quantized)}
     return Estimate(stages, peak, known.plan.notes, missing, quantized)
 
@@ -69,21 +71,23 @@ def estimate(known: Known, builders: Builders, *, memory: int, jobs: int) -> Est
 def _stage(work: StageWork, known: Known) -> StageEstimate:
     stage = work.stage
     read = {given: given.spec.nbytes for name in work.compute for given in inputs_of(stage.steps[name])}
-    copied = sum(spec.nbytes for spec in work.specs(work.copy))
+    copied, fetched = (sum(spec.nbytes for spec in work.specs(names)) for names in (work.copy, work.fetch))
     if stage.shards:
         written = sum(shard.layout.size for shard in work.shards if not shard.present)
     else:
-        written = sum(spec.nbytes for spec in work.specs(work.compute))
+        written = sum(spec.nbytes for spec in work.specs((*work.compute, *work.fetch)))
     return StageEstimate(
         kind=stage.kind,
         tensors=len(stage.steps),
         computed=len(work.compute),
         copied=len(work.copy),
         there=len(work.there),
+        fetched=len(work.fetch),
         shards=len(work.shards),
         linked=sum(shard.present for shard in work.shards),
         read=sum(read.values()) + copied,
         written=written,
+        fetched_bytes=fetched,
         files=companion_names(stage, known.sources) if stage.shards else (),
     )
 

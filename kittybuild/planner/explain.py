@@ -69,7 +69,7 @@ def explanations(
         declared = recipe.stages.get(stage.name)
         params = tuple(origins.get(stage.name, ()))
         if drv and isinstance(declared, ApplyLoraStage):
-            params = _weights(declared, drv)
+            params = weights(declared, drv)
         found.append(
             Explanation(
                 stage=stage.name,
@@ -86,7 +86,7 @@ def explanations(
     return tuple(found)
 
 
-def _weights(stage: ApplyLoraStage, drv: Derivation) -> tuple[Origin, ...]:
+def weights(stage: ApplyLoraStage, drv: Derivation) -> tuple[Origin, ...]:
     """The weights of the adapters that change a tensor."""
     read = {given.source for given in drv.inputs if isinstance(given, SourceTensor)}
     uses = [use for use in stage.adapters if use.adapter.base_text in read]

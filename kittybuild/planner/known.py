@@ -94,19 +94,21 @@ class Known:
         return drv.key(refs) if all(refs) else None  # type: ignore[arg-type]
 
     def look_up(self, stage: str) -> None:
-        """Learn from the store what the tensors of a stage, whose inputs are known, were realised to."""
-        if self.store is None:
-            return
+        """Learn what the tensors of a stage, whose inputs are known, were realised to: of the store, then of caches."""
+        if self.store is not None:
+            self._remember(stage, self.store)
+        if self.offers is not None:
+            self._ask(stage, self.offers)
+
+    def _remember(self, stage: str, store: Store) -> None:
         keys: dict[Digest, list[StageTensor]] = {}
         for name, drv in self.plan.stages[stage].derivations.items():
             tensor = StageTensor(stage, name, drv.spec)
             if tensor not in self._refs and (key := self.key(drv)):
                 keys.setdefault(key, []).append(tensor)
-        for key, ref in self.store.realisations(keys).items():
+        for key, ref in store.realisations(keys).items():
             for tensor in keys[key]:
                 self._refs[tensor] = ref
-        if self.offers is not None:
-            self._ask(stage, self.offers)
 
     def _ask(self, stage: str, offers: Offers) -> None:
         """Learn from caches what is not known here, or not here any more."""

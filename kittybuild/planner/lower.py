@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -87,12 +87,12 @@ def _narrowed(done: Mapping[str, StagePlan], wanted: Sequence[str], sizes: Mappi
 
 
 def origins(
-    recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders, machine: Machine | None, tensor: str
-) -> dict[str, tuple[Origin, ...]]:
-    """The parameters of a tensor in each stage that merges it, with the places in the recipe that they came from."""
+    recipe: Recipe, wanted: Sequence[str], sources: Sources, builders: Builders, machine: Machine | None
+) -> dict[str, Callable[[str], tuple[Origin, ...]]]:
+    """For each stage that merges: the parameters of its tensors, with the places in the recipe that they came from."""
     lowering = _Lowering(recipe, sources, builders, machine)
     lowering.all_of(wanted)
-    return {name: merge.origins(tensor) for name, merge in lowering.merges.items()}
+    return {name: merge.origins for name, merge in lowering.merges.items()}
 
 
 def shards_of(steps: Mapping[str, Step], shard_size: int) -> tuple[tuple[str, ...], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from kittybuild.builders.base import Builders
@@ -70,8 +71,12 @@ class MergeLowering:
 
     def origins(self, tensor: str) -> tuple[Origin, ...]:
         """The parameters of an output tensor, each with where it came from."""
-        row = next((row for row in self.rows if row.name == tensor), None)
+        row = self._named_rows.get(tensor)
         return self.params[id(row.part)].origins(row) if row else ()
+
+    @cached_property
+    def _named_rows(self) -> dict[str, Row]:
+        return {row.name: row for row in self.rows}
 
     def config(self, given: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
         """The donor's config.json (`given`: as other modules changed it) as this merge changes it."""

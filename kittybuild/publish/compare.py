@@ -1,44 +1,31 @@
-"""Two checkpoints compared tensor by tensor: the same bytes, or how far apart, in units in the last place.
-
-The distance of two numbers is how many representable ones lie between them, plus one; plus and minus zero are at one
-place. NaN is nowhere: two tensors of which only one has it at a place are infinitely far apart there.
-"""
+"""Two checkpoints compared tensor by tensor: the same bytes, or how far apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from kittybuild.checkpoint.reading import Files
-from kittybuild.checkpoint.source import Entry
-from kittybuild.digest import Digest, Json
-from kittybuild.publish.verify import CHUNK, digest_of
-from kittybuild.tensors import DType
-
-if TYPE_CHECKING:
-    import numpy as np
+from kittybuild.checkpoint.source import RAW, Entry
+from kittybuild.digest import Digest
+from kittybuild.publish.measure import SAME, Measures, Measuring
+from kittybuild.publish.verify import digest_of
 
 IDENTICAL, CLOSE, DIFFERENT = "identical", "close", "different"
-ONLY_PUBLISHED, ONLY_REBUILT, OTHER_DTYPE, OTHER_SHAPE = "only published", "only rebuilt", "other dtype", "other shape"
+OTHER_DTYPE, OTHER_SHAPE = "other dtype", "other shape"
+NAMES = ("published", "rebuilt")
 
-_INFINITY: Mapping[DType, int] = MappingProxyType(
-    {
-        DType.F64: 0x7FF0_0000_0000_0000,
-        DType.F32: 0x7F80_0000,
-        DType.F16: 0x7C00,
-        DType.BF16: 0x7F80,
-        DType.F8_E5M2: 0x7C,
-        DType.F8_E4M3: 0x7E,  # the largest number: it has no infinity
-    }
-)
-"""The bits of the last value that is not NaN."""
+BLOCK = 1 << 18
+LEAST_BLOCK = 1 << 12
+HELD = 128
+"""Bytes that are held for each element of a block, at most: bits and numbers of both sides, and what is computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One tensor. `ulps`: the largest distance, None where there is none; `elements` differ `of` all."""
+    """One tensor. `ulps`: the largest distance, None where there is none; `elements` differ `of` all. `measures`: None
+    where the shapes differ, or one side has it not."""
 
     name: str
     how: str
@@ -46,10 +33,16 @@ class Compared:
     elements: int = 0
     of: int = 0
     said: str = ""
+    measures: Measures | None = None
 
-    def to_json(self) -> dict[str, Json]:
-        """As `reproduce --json` prints it."""
-        return {"tensor": self.name, "how": self.how, "ulps": self.ulps, "elements": self.elements, "of": self.of}
+    def to_json(self) -> dict[str, str | float | int | None]:
+        """As `reproduce --json` and `diff --json` print it."""
+        form = {"tensor": self.name, "how": self.how, "ulps": self.ulps, "elements": self.elements, "of": self.of}
+        return {**form, **(self.measures or Measures(None, None, None)).to_json()}
+
+    def within(self, ulps: int | None) -> bool:
+        """Whether it is the same, or so few units in the last place apart."""
+        return self.how == IDENTICAL or (self.how == CLOSE and ulps is not None and (self.ulps or 0) <= ulps)
 
     def __str__(self) -> str:
         if self.how == CLOSE:
@@ -59,71 +52,77 @@ class Compared:
         return f"{self.name}: {self.how}{self.said}"
 
 
+def only(side: str) -> str:
+    """The word for a tensor that one side alone has."""
+    return f"only {side}"
+
+
 def compare(
     published: Mapping[str, Entry], made: Mapping[str, Entry], digests: Mapping[str, Digest]
 ) -> Iterator[tuple[Compared, Digest | None]]:
     """Every tensor of both, in the order of the names, with the digest of the published one. Raises SourceError.
 
-    `digests`: those of the tensors that were made.
+    `digests`: those of the tensors that were made; where they are equal, nothing is compared.
     """
     with Files() as files:
         for name in sorted({*published, *made}):
-            if name not in made:
-                yield Compared(name, ONLY_PUBLISHED), digest_of(published[name], files)
-            elif name not in published:
-                yield Compared(name, ONLY_REBUILT), None
+            digest = digest_of(published[name], files) if name in published else None
+            if digest is not None and digest == digests.get(name) and published[name].spec == made[name].spec:
+                yield Compared(name, IDENTICAL, 0, 0, made[name].spec.numel, measures=SAME), digest
             else:
-                digest = digest_of(published[name], files)
-                yield _compared(name, published[name], made[name], digest == digests[name], files), digest
+                yield _compared(name, published.get(name), made.get(name), NAMES, BLOCK, files), digest
 
 
-def _compared(name: str, one: Entry, two: Entry, same: bool, files: Files) -> Compared:
+def compare_all(
+    one: Mapping[str, Entry], two: Mapping[str, Entry], names: tuple[str, str], *, memory: int, jobs: int
+) -> tuple[Compared, ...]:
+    """Every tensor of both, in the order of the first and then of the second. Raises SourceError.
+
+    `names`: what the sides are called; `memory`: bytes for the blocks of all `jobs` together.
+    """
+    block = max(LEAST_BLOCK, min(BLOCK, memory // jobs // HELD))
+    with Files() as files, ThreadPoolExecutor(jobs) as threads:
+        tensors = list(dict.fromkeys((*one, *two)))
+        return tuple(
+            threads.map(lambda name: _compared(name, one.get(name), two.get(name), names, block, files), tensors)
+        )
+
+
+def _compared(
+    name: str, one: Entry | None, two: Entry | None, names: tuple[str, str], block: int, files: Files
+) -> Compared:
+    if one is None or two is None:
+        return Compared(name, only(names[0] if one else names[1]))
     if one.spec.shape != two.spec.shape:
-        return Compared(name, OTHER_SHAPE, said=f": {list(one.spec.shape)}, rebuilt {list(two.spec.shape)}")
+        said = f": {list(one.spec.shape)}, {names[1]} {list(two.spec.shape)}"
+        return Compared(name, OTHER_SHAPE, said=said)
+    if one.spec.dtype is two.spec.dtype and _equal(one, two, block, files):
+        return Compared(name, IDENTICAL, 0, 0, one.spec.numel, measures=SAME)
+    measuring = Measuring(one.spec.dtype, two.spec.dtype)
+    for pair in _blocks(one, two, block, files):
+        measuring.add(*pair)
+    elements, ulps, found = measuring.elements, measuring.ulps, measuring.done()
     if one.spec.dtype is not two.spec.dtype:
-        return Compared(name, OTHER_DTYPE, said=f": {one.spec.dtype.value}, rebuilt {two.spec.dtype.value}")
-    if same:
-        return Compared(name, IDENTICAL, 0, 0, one.spec.numel)
-    ulps: int | None = 0
-    elements = 0
-    for left, right in _blocks(one, two, files):
-        elements += int((left != right).sum())
-        here = distance(left, right, one.spec.dtype)
-        ulps = None if ulps is None or here is None else max(ulps, here)
-    return Compared(name, DIFFERENT if ulps is None else CLOSE, ulps, elements, one.spec.numel)
+        said = f": {one.spec.dtype.value}, {names[1]} {two.spec.dtype.value}"
+        return Compared(name, OTHER_DTYPE, None, elements, one.spec.numel, said, found)
+    return Compared(name, DIFFERENT if ulps is None else CLOSE, ulps, elements, one.spec.numel, measures=found)
 
 
-def _blocks(one: Entry, two: Entry, files: Files) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The bits of both, block by block."""
-    import numpy as np
+def _equal(one: Entry, two: Entry, block: int, files: Files) -> bool:
+    """Whether the bytes are the same: at one place of one file, as shards of unchanged outputs are, or read."""
+    in_place = one.encoding == two.encoding == RAW and one.offset == two.offset and files.same(one.file, two.file)
+    return in_place or all(left == right for left, right in _blocks(one, two, block, files))
 
+
+def _blocks(one: Entry, two: Entry, block: int, files: Files) -> Iterator[tuple[bytearray, bytearray]]:
+    """The bytes of both, as many elements at a time."""
     readers = files.reader(one), files.reader(two)
-    size = one.spec.dtype.size
-    for start in range(0, one.spec.nbytes, CHUNK):
+    for start in range(0, one.spec.numel, block):
+        count = min(block, one.spec.numel - start)
         pair = []
         for reader in readers:
-            buffer = bytearray(min(CHUNK, one.spec.nbytes - start))
-            reader.read_into(start, memoryview(buffer))
-            pair.append(np.frombuffer(buffer, f"<u{size}"))
+            size = reader.spec.dtype.size
+            buffer = bytearray(count * size)
+            reader.read_into(start * size, memoryview(buffer))
+            pair.append(buffer)
         yield pair[0], pair[1]
-
-
-def distance(left: np.ndarray, right: np.ndarray, dtype: DType) -> int | None:
-    """The largest distance between elements, given by their bits; None for integers that differ, and for NaN."""
-    import numpy as np
-
-    differ = left != right
-    if not differ.any():
-        return 0
-    if dtype not in _INFINITY:
-        return None
-    places = []
-    for bits in (left[differ], right[differ]):
-        sign = np.uint64(1) << np.uint64(8 * dtype.size - 1)
-        wide = bits.astype(np.uint64)
-        size = (wide & (sign - np.uint64(1))).astype(np.int64)
-        if (size > _INFINITY[dtype]).any():
-            return None
-        places.append(np.where(wide & sign, -size, size))
-    low, high = np.minimum(*places), np.maximum(*places)
-    return int((high.view(np.uint64) - low.view(np.uint64)).max())  # modulo 2^64: right for float64, too

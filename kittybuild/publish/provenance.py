@@ -10,6 +10,7 @@ from typing import Any
 from kittybuild.checkpoint.folder import read_json
 from kittybuild.digest import Digest, canonical
 from kittybuild.errors import SourceError, VerifyError
+from kittybuild.model.made import Derivations, read_derivations
 from kittybuild.model.manifest import Manifest
 from kittybuild.publish.folder import INDEX, PROVENANCE, index_json, shard_names
 from kittybuild.tensors import TensorRef
@@ -20,7 +21,7 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a folder says that it is. `digests`: of its small files by name; `derivations`: see planner.lineage."""
+    """What a folder says that it is. `digests`: of its small files by name."""
 
     stage: str
     dialect: str
@@ -31,7 +32,7 @@ class Provenance:
     digests: Mapping[str, Digest]
     listed: frozenset[str]
     lock: Mapping[str, Any]
-    derivations: Mapping[str, Any]
+    derivations: Derivations
 
     @property
     def tensors(self) -> dict[str, TensorRef]:
@@ -43,6 +44,11 @@ class Provenance:
         """The names in each shard, by the shard's file."""
         names = shard_names(self.manifest)
         return {file: shard.names for file, shard in zip(names, self.manifest.shards, strict=True)}
+
+
+def has_provenance(folder: str) -> bool:
+    """Whether something that should be read stands there."""
+    return os.path.isfile(os.path.join(folder, PROVENANCE))
 
 
 def read_provenance(folder: str) -> Provenance:
@@ -94,7 +100,7 @@ def _parsed(found: Mapping[str, Any]) -> Provenance:
         digests=digests,
         listed=listed,
         lock=found["lock"],
-        derivations=found["derivations"],
+        derivations=read_derivations(found["derivations"]),
     )
 
 

@@ -41,11 +41,18 @@ class Facts:
         self._index = index
         self._layout = layout
         self.touched: set[str] = set()
+        self._expected: tuple[Mapping[Digest, TensorRef], Mapping[Digest, Location]] = {}, {}
+
+    def expect(self, made: Mapping[Digest, TensorRef], places: Mapping[Digest, Location]) -> None:
+        """Tell these, too, from now on, where nothing else is known; they are not recorded."""
+        self._expected = made, places
 
     def realisations(self, keys: Iterable[Digest]) -> dict[Digest, TensorRef]:
         """The tensors that derivations are known to make; only the known ones."""
+        keys = tuple(keys)
         found = self._index.get_many(_REALISATION, (key.hex for key in keys))
-        return {Digest(key): ref for key, value in found.items() if (ref := _ref(value)) is not None}
+        known = {Digest(key): ref for key, value in found.items() if (ref := _ref(value)) is not None}
+        return {key: self._expected[0][key] for key in keys if key in self._expected[0]} | known
 
     def realise(self, facts: Mapping[Digest, TensorRef]) -> None:
         """Record what derivations made. What was known stays; raises StoreError if it differs."""
@@ -60,6 +67,7 @@ class Facts:
 
     def locations(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
         """Where tensors lie; only those whose file is there and long enough."""
+        digests = tuple(digests)
         found = self._index.get_many(_LOCATION, (digest.hex for digest in digests))
         sizes: dict[str, int] = {}
         alive = {}
@@ -72,7 +80,7 @@ class Facts:
             if location.offset + location.nbytes <= sizes[location.path]:
                 alive[Digest(digest)] = location
         self.touched.update(location.path for location in alive.values())
-        return alive
+        return {digest: self._expected[1][digest] for digest in digests if digest in self._expected[1]} | alive
 
     def set_locations(self, facts: Mapping[Digest, Location]) -> None:
         """Record where tensors lie, in place of what was known."""

@@ -216,6 +216,10 @@ class Store:
         self._inside.learn()
         return self._unfinished.salvage()
 
+    def expect_unfinished(self) -> None:
+        """Count on what interrupted processes left, as the next build will that salvages it. For who only plans."""
+        self._facts.expect(*self._unfinished.claims())
+
     def drop_salvaged(self) -> None:
         """After a finished build: delete the unfinished packs that `salvage` adopted."""
         self._unfinished.drop()

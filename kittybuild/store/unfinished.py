@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kittybuild.digest import Digest
 from kittybuild.errors import StoreError
 from kittybuild.store.disk import Disk
-from kittybuild.store.facts import Facts
+from kittybuild.store.facts import Facts, Location
 from kittybuild.store.journal import Finished, first_line, read_journal
 from kittybuild.store.layout import JOURNAL, PART, TEMPORARY, Layout
 from kittybuild.store.locks import held, try_lock
@@ -22,6 +22,7 @@ from kittybuild.store.packs import Packs, place
 from kittybuild.store.problems import guarded
 from kittybuild.store.reading import digests
 from kittybuild.store.writer import PATIENCE, Part
+from kittybuild.tensors import TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,20 @@ class Unfinished:
             counts = self._adopt_all(found)
         useful = [count for count in counts if count[0]]
         return Salvaged(sum(tensors for tensors, _ in useful), sum(size for _, size in useful), len(useful))
+
+    def claims(self) -> tuple[dict[Digest, TensorRef], dict[Digest, Location]]:
+        """What unfinished packs claim to hold: what derivations make, and where it lies. Nothing is read but journals,
+        nothing is verified, and nothing changes."""
+        made: dict[Digest, TensorRef] = {}
+        places: dict[Digest, Location] = {}
+        with guarded("read", self._paths.tmp):
+            for name in sorted(os.listdir(self._paths.tmp)):
+                path = os.path.join(self._paths.tmp, name)
+                journal = read_journal(path.removesuffix(PART) + JOURNAL) if name.endswith(PART) else None
+                layout, finished = journal or (PackLayout.of(()), {})
+                places |= {entry.ref.digest: place(path, layout, entry) for entry in finished.values()}
+                made |= {entry.key: entry.ref for entry in finished.values() if entry.key is not None}
+        return made, places
 
     def drop(self) -> None:
         """Delete the adopted files: after a finished build, packs hold what was good in them."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.building import Answer, build, contents, fresh, manifest_of, packs
-from tests.helpers import pico_adapter, pico_llama, run_cli, write_recipe
+from tests.building import Answer, build, contents, fails, fresh, manifest_of, packs
+from tests.helpers import load_tensors, pico_adapter, pico_llama, run_cli, save_tensors, write_recipe
 
 HEAVY = {"torch", "transformers", "numpy", "gguf", "tokenizers", "safetensors", "huggingface_hub"}
 
@@ -64,7 +64,7 @@ def assert_kept(plan: Mapping[str, Any], answer: Answer) -> None:
     for name, stage in plan["stages"].items():
         made = answer["stages"][name]
         assert (stage["tensors"], stage["computed"]) == (made["tensors"], made["computed"]), name
-        assert stage["tensors"] == stage["computed"] + stage["copied"] + stage["there"]
+        assert stage["tensors"] == stage["computed"] + stage["copied"] + stage["there"] + stage["fetched"]
         if name in answer["outputs"]:
             out = answer["outputs"][name]
             assert (stage["linked"], stage["shards"] - stage["linked"]) == (out["shards_linked"], out["shards_written"])
@@ -121,6 +121,27 @@ class TestPlan:
         plan = planned(recipe, tmp_path / "store", "soup")
         assert set(plan["stages"]) == {"glad", "soup"}
         assert_kept(plan, build(recipe, "soup", "--store", tmp_path / "store"))
+
+
+def test_of_a_build_after_one_that_was_cut_short(models: Path, tmp_path: Path) -> None:
+    """It fails for a NaN in a source; what was finished by then is counted on."""
+    tensors = load_tensors(models / "happy")
+    shutil.copytree(models, tmp_path / "models")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_tensors(tmp_path / "models/happy/model.safetensors", tensors)
+    recipe = recipe_with(tmp_path / "models", tmp_path)
+    status, code, _ = fails(recipe, "--store", tmp_path / "store", "--workers", "threads", "--jobs", "1")
+    assert (status, code) == (5, "KB508")
+    text = Path(recipe).read_text(encoding="utf-8")
+    write_recipe(tmp_path, text.replace("kittybuild: 1", "kittybuild: 1\nallow_nan: true"))
+    before = contents(tmp_path / "store/tmp")
+    assert any(name.endswith(".journal") for name in before)
+    plan = planned(recipe, tmp_path / "store")
+    assert contents(tmp_path / "store/tmp") == before
+    assert plan["stages"]["soup"]["copied"] > 0
+    answer = build(recipe, "--store", tmp_path / "store")
+    for name, stage in plan["stages"].items():
+        assert stage["computed"] == answer["stages"][name]["computed"], name
 
 
 def told(folder: Path) -> dict[str, bytes]:

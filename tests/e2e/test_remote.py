@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from kittybuild.store.store import Store
 from kittybuild.tensors import DType, TensorRef, TensorSpec
 from tests.building import ROOT, build, contents, fails, linear
 from tests.caches import Machine, counts, edited, machine, signer, spoil
-from tests.helpers import run_cli
+from tests.helpers import load_tensors, run_cli
 
 NOTHING = (0, 0)
 
@@ -62,6 +63,50 @@ def same(one: Machine, two: Machine) -> bool:
         (one.out / name / "model.safetensors").read_bytes() == (two.out / name / "model.safetensors").read_bytes()
         for name in ("soup", "copy")
     )
+
+
+class TestPlanned:
+    """What `plan` and `why` say is what `build` then does."""
+
+    def planned(self, two: Machine, *args: str | Path, command: str = "plan") -> dict[str, Any]:
+        status, document = run_cli(command, two.recipe, "--store", two.store, *args)
+        assert status == 0, document
+        return document
+
+    def test_what_caches_hold_is_fetched(
+        self, pushed: tuple[Machine, Path], tmp_path: Path, ask: tuple[str | Path, ...]
+    ) -> None:
+        two = pushed[0].like(tmp_path / "two", weights=False)
+        plan = self.planned(two, *ask)
+        soup = plan["stages"]["soup"]
+        assert (soup["computed"], soup["fetched"], soup["there"]) == (0, 12, 0)
+        sizes = sum(tensor.nbytes for tensor in load_tensors(pushed[0].out / "soup").values())
+        assert soup["fetched_bytes"] == sizes
+        assert plan["download"] == sum(stage["fetched_bytes"] for stage in plan["stages"].values())
+        why = self.planned(two, *ask, command="why")["outputs"]["soup"]
+        assert (why["computed"], why["fetched"], why["last"]) == (0, 12, None)
+        document = two.build(*ask)
+        for name, stage in plan["stages"].items():
+            assert counts(document, name) == (stage["computed"], stage["fetched"]), name
+        assert self.planned(two, *ask)["stages"]["soup"]["there"] == 12
+
+    def test_one_request_answers_for_a_stage(
+        self, pushed: tuple[Machine, Path], tmp_path: Path, cache: Path, ask: tuple[str | Path, ...]
+    ) -> None:
+        shutil.rmtree(cache / "traces")
+        plan = self.planned(pushed[0].like(tmp_path / "two", weights=False), *ask)
+        assert [plan["stages"][name]["fetched"] for name in ("soup", "copy")] == [12, 12]
+
+    def test_who_is_not_trusted_is_not_counted_on(self, second: Machine, cache: Path) -> None:
+        plan = self.planned(second, "--substituter", cache)
+        assert (plan["stages"]["soup"]["computed"], plan["stages"]["soup"]["fetched"]) == (12, 0)
+        assert not second.store.exists()
+
+    def test_an_audit_computes_what_could_be_fetched(self, second: Machine, ask: tuple[str | Path, ...]) -> None:
+        """The contents of the sources must be known, or nobody can ask."""
+        second.build("copy")
+        plan = self.planned(second, "copy", *ask, "--audit", "100")
+        assert plan["stages"]["copy"]["fetched"] == 0
 
 
 class TestShared:

@@ -274,7 +274,7 @@ def test_a_recipe_with_intermediate_stages_tells_the_inputs_of_each(models: Path
     recipe = linear(tmp_path, {models / "base": 0.5, models / "happy": 0.5})
     build(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
     said = read_provenance(str(tmp_path / "out"))
-    builder, version, numerics, key, inputs = said.derivations["merge"][NORM]
-    assert (builder, version, numerics) == ("linear", 1, "kitty-1")
-    assert key == next(tensor.key.hex for tensor in said.manifest.tensors if tensor.name == NORM and tensor.key)
-    assert [(of, name) for of, name, _ in inputs] == [(str(models / n), NORM) for n in ("base", "happy")]
+    made = said.derivations["merge"][NORM]
+    assert (made.builder, made.version, made.numerics) == ("linear", 1, "kitty-1")
+    assert made.key == next(tensor.key.hex for tensor in said.manifest.tensors if tensor.name == NORM and tensor.key)
+    assert [(of, name) for of, name, _ in made.inputs] == [(str(models / n), NORM) for n in ("base", "happy")]

@@ -83,7 +83,9 @@ def test_one_edited_weight_is_found_and_named(folder: Path, models: dict[str, Pa
     assert (status, document["ok"], document["errors"][0]["code"]) == (6, False, "KB606")
     (different,) = document["differences"]
     size = load_tensors(folder)[EDITED].numel()
-    assert different == {"tensor": EDITED, "how": "close", "ulps": 1, "elements": 1, "of": size}
+    assert different.items() >= {"tensor": EDITED, "how": "close", "ulps": 1, "elements": 1, "of": size}.items()
+    assert 0 < different["max_abs"] < 0.01
+    assert 0 < different["relative"] < different["max_abs"]
     assert f"{EDITED}: 1 of {size} elements differ, by 1 ulp at most" in document["errors"][0]["message"]
 
 
