@@ -26,6 +26,7 @@ from kittybuild.builders.svd import SVD
 from kittybuild.builders.transplant.neighbours import INTERPOLATION, INTERPOLATION_FITTED
 from kittybuild.builders.transplant.plain import JOHN_HEWITT, MEAN, RANDN, SUBWORD, ZERO
 from kittybuild.builders.transplant.pursuit import OMP
+from kittybuild.builders.transplant.rotary import MP_ROPE
 from kittybuild.builders.transplant.spaces import LANDMARK_PCA, STB
 from kittybuild.builders.vocab import ROWS
 
@@ -34,7 +35,7 @@ DIFFERENCES = (*FAMILY, CONSENSUS_TA, CONSENSUS_TIES, MODEL_STOCK, SCE, RAM, RAM
 PAIRED = (NEARSWAP, ARCEE_FUSION)
 TRANSPLANTS = (
     *(MEAN, ZERO, RANDN, JOHN_HEWITT, SUBWORD),
-    *(INTERPOLATION, INTERPOLATION_FITTED, OMP, LANDMARK_PCA, STB),
+    *(INTERPOLATION, INTERPOLATION_FITTED, OMP, LANDMARK_PCA, STB, MP_ROPE),
 )
 PEERS = (*mergekit_0_1_5.BUILDERS, *mergekit_0_1_4.BUILDERS, *mergekitty_0_3.BUILDERS)
 MOE = (EXPERT, DECODER_LAYER, EMBEDDINGS, STATES, RANDOM)

@@ -23,7 +23,7 @@ from kittybuild.planner.machine import Machine
 from kittybuild.planner.names import before_layers, natural
 from kittybuild.planner.views import View
 from kittybuild.tensors import TensorSpec
-from kittybuild.tokens.config import rows_in, vocabulary_axis, with_rows
+from kittybuild.tokens.config import rotation_in, rows_in, vocabulary_axis, with_rows
 from kittybuild.tokens.matching import Matching, Meanings, match, pieces
 from kittybuild.tokens.reading import TOKENIZER, read_vocabulary
 from kittybuild.tokens.vocabulary import Vocabulary
@@ -32,7 +32,7 @@ _ID = re.compile(r"(bos|eos|pad|unk|mask|sep|cls)_token_id")
 _PLAIN = frozenset({"mean", "zero", "randn", "john_hewitt", "subword"})
 """Methods to which the donor's table is nothing."""
 _BY_DISTANCE = frozenset({"common_interpolation"})
-_BY_NUMBER = frozenset({"common_interpolation", "omp", "stb"})
+_BY_NUMBER = frozenset({"common_interpolation", "omp", "stb", "mp_rope"})
 _DRAWN = frozenset({"randn", "john_hewitt"})
 _WEIGHED = MappingProxyType(
     {
@@ -159,6 +159,8 @@ class TransplantLowering:
             table = donor.table(embedding=embedding)
             assert table is not None  # a Party has an embedding at least
             inputs.append(table)
+        if how.approximation_method == "mp_rope":
+            params |= self._rotations
         if how.magikarp:
             both = (Meanings(party.vocabulary).unused() for party in (model, donor))
             params["unused"] = [str(RowMap.of(((0, row),) for row in rows)) for rows in both]
@@ -174,6 +176,25 @@ class TransplantLowering:
             assert self.machine is not None  # whoever lowers such a stage says where
             numerics = f"{KITTY_1};{self.machine.numpy_text()}"
         return Derivation(builder.name, builder.version, params, tuple(inputs), output, numerics)
+
+    @cached_property
+    def _rotations(self) -> dict[str, Any]:
+        """How rows are turned, in the donor's table and in the model's."""
+        found = []
+        for party in reversed(self._both):
+            table = party.table(embedding=True)
+            assert table is not None  # a Party has an embedding
+            rotation = rotation_in(party.view.config or {}, table.spec.shape[1])
+            if rotation is None:
+                message = (
+                    f"mp_rope turns rows head by head, but the config.json of {party.view.label} has no "
+                    f"num_attention_heads into which rows of {table.spec.shape[1]} can be cut"
+                )
+                hint = "approximation_method: omp does the same without turning them"
+                self.problems.append(PlanError("KB342", message, at=str(self.stage.at), hint=hint))
+            found.append(rotation or (1, 1.0))
+        heads, bases = zip(*found, strict=True)
+        return {"heads": list(heads), "bases": list(bases)}
 
     @property
     def _both(self) -> tuple[Party, Party]:

@@ -142,6 +142,7 @@ class TransplantText(_StageText):
         "john_hewitt",
         "landmark_pca",
         "stb",
+        "mp_rope",
     ] = "omp"
     k: Annotated[StrictInt, Field(ge=1)] = 64
     cosine_similarity: StrictBool = False

@@ -26,6 +26,18 @@ def rows_in(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def rotation_in(config: Mapping[str, Any], width: int) -> tuple[int, float] | None:
+    """How a config.json turns rows of this width by their position: the number of heads, and the base of the angles
+    (10,000 where it says none). None where a row cannot be cut into so many heads of pairs."""
+    parts = [config, *(config[key] for key in _INNER if isinstance(config.get(key), dict))]
+    heads = next((part[key] for part in parts for key in ("num_attention_heads", "n_head") if key in part), None)
+    if type(heads) is not int or heads < 1 or width % (2 * heads):
+        return None
+    parts += [part["rope_parameters"] for part in parts if isinstance(part.get("rope_parameters"), dict)]
+    bases = [part["rope_theta"] for part in parts if isinstance(part.get("rope_theta"), (int, float))]
+    return heads, float(bases[0]) if bases else 10_000.0
+
+
 def with_rows(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
     """`config` for tables of `new` rows instead of `old`: every number of rows that is `old`, at any depth."""
     changed: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from tests.helpers import load_tensors, write_recipe
 from tests.surgery import EMBEDDING, HEAD, WIDTH, tokenizers, write
 
 PORTABLE = ("mean", "zero", "randn", "subword", "common_interpolation")
-OTHERS = ("omp", "john_hewitt", "landmark_pca", "stb")
+OTHERS = ("omp", "john_hewitt", "landmark_pca", "stb", "mp_rope")
 
 
 @pytest.fixture

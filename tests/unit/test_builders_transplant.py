@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kittybuild.builders.normals import normals
+from kittybuild.builders.random import Draws
 from kittybuild.builders.registry import TRANSPLANTS
 from kittybuild.builders.transplant.neighbours import nearest
-from kittybuild.builders.transplant.normal import normals
-from kittybuild.builders.transplant.pursuit import pursued
+from kittybuild.builders.transplant.pursuit import Atoms, pursued
 from kittybuild.builders.transplant.table import Shared
 from kittybuild.builders.transplant.undertrained import row_products, undertrained
 from kittybuild.model.rows import RowMap, Sources
@@ -29,6 +30,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "transplant_fitted_interpolation": {"k": 5, "cosine_similarity": False, "weight_scheme": "barycentric"},
     "transplant_omp": {"k": 5},
     "transplant_stb": {"k": 5},
+    "transplant_mp_rope": {"k": 5, "heads": [2, 3], "bases": [10_000.0, 500.0]},
     "transplant_randn": DRAWN,
     "transplant_john_hewitt": DRAWN,
     "transplant_subword": {
@@ -60,6 +62,12 @@ def arrays(given: tuple[Tensor, Tensor]) -> tuple[Any, Any, Any, Any]:
     return model[SHARED:0:-1], donor[FRESH : FRESH + SHARED], donor[:FRESH], model
 
 
+def alone(table: Any) -> Shared:
+    """A table that is the model's and the donor's, and of which all tokens are shared."""
+    places = np.arange(len(table))
+    return Shared(table, table, places, places, places[:0])
+
+
 def close(made: Tensor, wanted: Any) -> None:
     np.testing.assert_allclose(made[:FRESH].double().numpy(), wanted, rtol=2e-6, atol=2e-6)
 
@@ -76,7 +84,7 @@ def test_shared_rows_are_copied_and_fillers_are_zero(builder: str, dtype: torch.
 
 @pytest.mark.parametrize("builder", EACH)
 def test_blocks_of_any_size_make_the_same_table(builder: str) -> None:
-    wide = drawn("model", MODEL, 1200), drawn("donor", DONOR, 70)  # a block and a bit
+    wide = drawn("model", MODEL, 1200), drawn("donor", DONOR, 72)  # a block and a bit
     assert bits(transplanted(builder, wide, blocks=1)) == bits(transplanted(builder, wide, blocks=100))
 
 
@@ -88,7 +96,7 @@ def test_the_mean_is_that_of_all_rows() -> None:
 def test_zero_is_zero_and_noise_and_scale_come_after() -> None:
     given = tables()
     assert not transplanted("transplant_zero", given)[:FRESH].any()
-    noise = normals(DRAWN, 1, np.arange(FRESH), WIDTH)
+    noise = normals(Draws(3, "embed", 1), 0, FRESH * WIDTH).reshape(FRESH, WIDTH)
     close(transplanted("transplant_zero", given, noise=0.5, scale=3.0, **DRAWN), 1.5 * noise)
 
 
@@ -137,9 +145,7 @@ def test_a_row_that_is_a_shared_one_is_that_one() -> None:
 
 def test_of_equally_near_tokens_the_first_count() -> None:
     table = np.tile(np.eye(3), (3000, 1))
-    places = np.arange(len(table))
-    shared = Shared(table, table, places, places, places[:0])
-    chosen, apart = nearest(np.eye(3), shared, row_products(table), 2001, cosine=False)
+    chosen, apart = nearest(np.eye(3), alone(table), row_products(table), 2001, cosine=False)
     assert [row[:2001].tolist() for row in chosen] == [list(range(n, 6003, 3)) for n in range(3)]
     assert not apart.any()
 
@@ -179,7 +185,7 @@ def test_pursuit_takes_the_likest_and_fits_all_again(k: int) -> None:
 def test_pursuit_finds_sparse_sums_among_orthogonal_tokens() -> None:
     """Where tokens are at right angles, the best pair of all is the pair that is found."""
     atoms, row = np.linalg.qr(drawn("atoms", 8, 8).double().numpy())[0], drawn("row", 1, 8).double().numpy()
-    (chosen,), (weights,) = pursued(row, atoms, 2)
+    (chosen,), (weights,) = pursued(row, Atoms(alone(atoms)), 2)
     errors = {
         pair: np.linalg.norm(row[0] - sum(atoms[n] * (atoms[n] @ row[0]) for n in pair))
         for pair in combinations(range(8), 2)
@@ -192,10 +198,71 @@ def test_pursuit_beyond_the_width_stays_exact() -> None:
     """More tokens than dimensions: those that add nothing weigh nothing."""
     given = tables(torch.float64)
     ours, theirs, fresh, _ = arrays(given)
-    chosen, weights = pursued(fresh, theirs, SHARED)
+    chosen, weights = pursued(fresh, Atoms(alone(theirs)), SHARED)
     assert all(len(set(row)) == SHARED for row in chosen.tolist())
     np.testing.assert_allclose(np.einsum("nk,nkw->nw", weights, theirs[chosen]), fresh, atol=1e-9)
     assert np.isfinite(ours[chosen]).all()
+
+
+def turned(row: Any, position: float, heads: int, base: float) -> Any:
+    """A row at a position: each pair of each head, as a complex number, times one on the circle."""
+    size = len(row) // heads
+    made = row.copy()
+    for head in range(heads):
+        for pair in range(size // 2):
+            n, m = head * size + pair, head * size + pair + size // 2
+            number = (row[n] + 1j * row[m]) * np.exp(1j * position * base ** (-2 * pair / size))
+            made[n], made[m] = number.real, number.imag
+    return made
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_rotary_pursuit_turns_each_token_to_its_position(k: int) -> None:
+    given = tables()
+    ours, theirs, fresh, _ = arrays(given)
+    frequencies = 10_000.0 ** -np.array([0, 2 / 6, 4 / 6])
+    wanted = []
+    for row in fresh:
+        chosen: list[int] = []
+        rest, atoms, rows = row, [], []
+        for _ in range(k):
+            scores = np.abs(theirs @ rest)
+            scores[chosen] = -1
+            chosen.append(int(scores.argmax()))
+            halves = [
+                np.array([x[[0, 1, 2, 6, 7, 8]] + 1j * x[[3, 4, 5, 9, 10, 11]]]) for x in (theirs[chosen[-1]], rest)
+            ]
+            both = [np.angle(s * halves[1] / halves[0]).reshape(2, 3) @ frequencies for s in (1, -1)]
+            position = min((each.sum() / (2 * (frequencies**2).sum()) for each in both), key=abs)
+            atoms.append(turned(theirs[chosen[-1]], position, 2, 10_000.0))
+            rows.append(turned(ours[chosen[-1]], position, 3, 500.0))
+            rest = rest - atoms[-1] * (atoms[-1] @ rest) / (atoms[-1] @ atoms[-1])
+        wanted.append(np.linalg.lstsq(np.array(atoms).T, row, rcond=None)[0] @ rows)
+    np.testing.assert_allclose(
+        transplanted("transplant_mp_rope", given, k=k)[:FRESH].numpy(), wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_basis_of_tokens_holds_for_rows_in_both_tables() -> None:
+    """Axes around the mean, in tokens around the mean; the basis is of the tokens as they are."""
+    given = tables()
+    ours, theirs, fresh, _ = arrays(given)
+    main = np.linalg.svd(theirs - theirs.mean(0))[2]
+    near, far = [], []
+    for axis in main:
+        chosen: list[int] = []
+        rest = axis
+        for _ in range(3):
+            scores = np.abs((theirs - theirs.mean(0)) @ rest)
+            scores[chosen] = -1
+            chosen.append(int(scores.argmax()))
+            weights = np.linalg.lstsq((theirs - theirs.mean(0))[chosen].T, axis, rcond=None)[0]
+            rest = axis - weights @ (theirs - theirs.mean(0))[chosen]
+        near.append(weights @ theirs[chosen])
+        far.append(weights @ ours[chosen])
+    wanted = np.linalg.lstsq(np.array(near).T, fresh.T, rcond=None)[0].T @ np.array(far)
+    made = transplanted("transplant_stb", given, k=3)
+    np.testing.assert_allclose(made[:FRESH].numpy(), wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("builder", ["transplant_landmark_pca", "transplant_stb", "transplant_omp"])
@@ -218,11 +285,12 @@ def test_the_models_may_differ_in_width(builder: str) -> None:
 
 
 def test_normal_numbers_are_normal() -> None:
-    found = normals(DRAWN, 0, np.arange(400), 250)
+    draws = Draws(3, "embed", 0)
+    found = normals(draws, 0, 100_000)
     assert abs(found.mean()) < 0.01
     assert abs(found.std() - 1) < 0.01
     assert abs((np.abs(found) < 1).mean() - math.erf(math.sqrt(0.5))) < 0.01
-    assert np.array_equal(found[[7, 3]], normals(DRAWN, 0, np.array([7, 3]), 250))
+    assert np.array_equal(found[750:760], normals(draws, 750, 10))
 
 
 def test_john_hewitts_rows_have_the_models_mean_and_covariance() -> None:

@@ -120,3 +120,12 @@ def test_tokenizers_without_a_common_token_are_an_error_where_it_matters(models:
     write(models, "two", files_of(word_level(["eins", "zwei"], ["<mm>"])))
     assert [code for code, _ in found(lambda: planned(models, approximation_method="omp"))] == ["KB341"]
     assert table(planned(models, approximation_method="subword")).params["anchors"] == ""
+
+
+def test_rows_are_turned_as_both_configs_say(models: Path) -> None:
+    write(models, "two", tokenizers()["two"], rope_theta=None, rope_parameters={"rope_theta": 500.0})
+    params = table(planned(models, approximation_method="mp_rope")).params
+    assert (params["heads"], params["bases"]) == ([4, 4], [500.0, 10_000.0])
+    write(models, "two", tokenizers()["two"], num_attention_heads=5)
+    problems = found(lambda: planned(models, approximation_method="mp_rope"))
+    assert [code for code, _ in problems] == ["KB342"]

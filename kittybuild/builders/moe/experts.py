@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Block, Builder, Combine, Job
-from kittybuild.builders.moe.drawn import normals
+from kittybuild.builders.normals import normals
 from kittybuild.builders.random import Draws
 
 if TYPE_CHECKING:

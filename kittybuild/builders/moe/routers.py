@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Builder, Combine, Job
-from kittybuild.builders.moe.drawn import normals, uniforms
+from kittybuild.builders.normals import normals, uniforms
 from kittybuild.builders.numerics import tree_sums
 from kittybuild.builders.random import Draws
 

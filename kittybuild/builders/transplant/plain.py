@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Job
-from kittybuild.builders.transplant.normal import normals
 from kittybuild.builders.transplant.sums import LEAF, mean_row
-from kittybuild.builders.transplant.table import Shared, builder
+from kittybuild.builders.transplant.table import Make, Shared, builder, drawn
 from kittybuild.model.rows import RowMap
 
 if TYPE_CHECKING:
@@ -16,23 +15,24 @@ if TYPE_CHECKING:
 _DRAWN = 0
 
 
-def _mean(job: Job, shared: Shared) -> Array:
+def _mean(job: Job, shared: Shared) -> Make:
     import numpy as np
 
-    return np.tile(mean_row(shared.model), (len(shared.fresh), 1))
+    mean = mean_row(shared.model)
+    return lambda rows: np.tile(mean, (len(rows), 1))
 
 
-def _zero(job: Job, shared: Shared) -> Array:
+def _zero(job: Job, shared: Shared) -> Make:
     import numpy as np
 
-    return np.zeros((len(shared.fresh), shared.model.shape[1]))
+    return lambda rows: np.zeros((len(rows), shared.model.shape[1]))
 
 
-def _randn(job: Job, shared: Shared) -> Array:
-    return normals(job.params, _DRAWN, shared.fresh, shared.model.shape[1])
+def _randn(job: Job, shared: Shared) -> Make:
+    return lambda rows: drawn(job, _DRAWN, rows, shared.model.shape[1])
 
 
-def _john_hewitt(job: Job, shared: Shared) -> Array:
+def _john_hewitt(job: Job, shared: Shared) -> Make:
     """Normally distributed rows with the mean and the covariance of the model's (Hewitt, Initializing New Word
     Embeddings for Pretrained Language Models, 2021). The root of the covariance is the symmetric one."""
     import numpy as np
@@ -44,11 +44,10 @@ def _john_hewitt(job: Job, shared: Shared) -> Array:
         covariance += centred.T @ centred
     values, vectors = np.linalg.eigh(covariance / max(1, len(shared.model) - 1))
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    made: Array = mean + normals(job.params, _DRAWN, shared.fresh, len(mean)) @ root
-    return made
+    return lambda rows: mean + drawn(job, _DRAWN, rows, len(mean)) @ root
 
 
-def _subword(job: Job, shared: Shared) -> Array:
+def _subword(job: Job, shared: Shared) -> Make:
     """A sum or weighted mean of the rows of a token's pieces; without pieces, the mean of all rows.
 
     Params: `pieces`, a RowMap of the model's rows for each row of the output; `subword_method`: `mean`, `sum`, `first`,
@@ -57,18 +56,23 @@ def _subword(job: Job, shared: Shared) -> Array:
     import numpy as np
 
     pieces = [[row for _, row in sources] for sources in RowMap.parse(job.params["pieces"]).rows()]
-    way, found, instead = job.params["subword_method"], np.zeros((len(shared.fresh), shared.model.shape[1])), None
-    for number, row in enumerate(shared.fresh.tolist()):
-        chosen = pieces[row]
-        if not chosen:
-            instead = mean_row(shared.model) if instead is None else instead
-            found[number] = instead
-            continue
-        weights = piece_weights(way, len(chosen))
-        for piece, weight in zip(chosen, weights, strict=True):
-            found[number] += shared.model[piece].astype(np.float64) * weight
-        found[number] /= 1.0 if way == "sum" else sum(weights)
-    return found
+    instead = None if all(pieces[row] for row in shared.fresh.tolist()) else mean_row(shared.model)
+    way = job.params["subword_method"]
+
+    def make(rows: Array) -> Array:
+        found = np.zeros((len(rows), shared.model.shape[1]))
+        for number, row in enumerate(rows.tolist()):
+            chosen = pieces[row]
+            if not chosen:
+                found[number] = instead
+                continue
+            weights = piece_weights(way, len(chosen))
+            for piece, weight in zip(shared.of_model(np.array(chosen)), weights, strict=True):
+                found[number] += piece * weight
+            found[number] /= 1.0 if way == "sum" else sum(weights)
+        return found
+
+    return make
 
 
 def piece_weights(way: str, count: int) -> list[float]:

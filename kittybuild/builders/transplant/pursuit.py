@@ -6,35 +6,80 @@ via Orthogonal Matching Pursuit (2025). The same combination of the model's rows
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from kittybuild.builders.base import Job
-from kittybuild.builders.transplant.table import AT_ONCE, Shared, builder
+from kittybuild.builders.transplant.table import AT_ONCE, Make, Shared, builder
 
 if TYPE_CHECKING:
     from kittybuild.builders.floats import Array
 
-_ROWS = 256
+_ATOMS = 4096
 DEPENDENT = 1e-6
 """A token of which less than this is left beside those chosen before adds nothing."""
 
 
-def _omp(job: Job, shared: Shared) -> Array:
+def _omp(job: Job, shared: Shared) -> Make:
     """Params: `k`, tokens of a row at most."""
+    atoms, k = Atoms(shared), job.params["k"]
+    return lambda rows: shared.combined(*pursued(shared.of_donor(rows), atoms, k))
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """The donor's rows of shared tokens; as they are, or seen from a centre."""
+
+    shared: Shared
+    centre: Array | None = None
+
+    def __call__(self, which: Array | slice, dtype: Any = "float64") -> Array:
+        """Those of these numbers."""
+        rows = self.shared.of_donor(self.shared.theirs[which], dtype)
+        return rows if self.centre is None else rows - self.centre.astype(dtype)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.shared.theirs)
+
+    def likest(self, rest: Array, taken: Array) -> Array:
+        """For each row, the token, none of those `taken`, with the largest product with it, of equal ones the first.
+
+        Products in float32, or float64 where the donor's table is: they choose, and nothing is made of them.
+        """
+        import numpy as np
+
+        assert self.shared.donor is not None
+        wide = np.dtype(np.float64 if self.shared.donor.dtype == np.float64 else np.float32)
+        best, found = np.full(len(rest), -1.0, wide), np.zeros(len(rest), np.int64)
+        narrow = rest.astype(wide)
+        for start in range(0, self.count, _ATOMS):
+            atoms = self(slice(start, start + _ATOMS), wide)
+            scores = narrow @ atoms.T
+            np.abs(scores, out=scores)
+            row, place = np.nonzero((taken >= start) & (taken < start + len(atoms)))
+            scores[row, taken[row, place] - start] = -1.0
+            here = scores.argmax(1)
+            score = np.take_along_axis(scores, here[:, None], 1)[:, 0]
+            found = np.where(score > best, start + here, found)
+            best = np.maximum(best, score)
+        return found
+
+
+def pursued(rows: Array, atoms: Atoms, k: int) -> tuple[Array, Array]:
+    """For each row, k shared tokens and their weights, in float64: each token the one with the largest product with
+    what is still left of the row, the weights by least squares. Tokens that add nothing weigh 0."""
     import numpy as np
 
-    made = np.empty((len(shared.fresh), shared.model.shape[1]))
-    anchors, k = shared.anchors, job.params["k"]
-    several = max(1, min(_ROWS, AT_ONCE // max(1, k * anchors.shape[1] + len(anchors))))
-    for start in range(0, len(made), several):
-        rows = shared.rows_of_donor(shared.fresh[start : start + several])
-        made[start : start + several] = shared.combined(*pursued(rows, anchors, k))
-    return made
+    several = max(1, AT_ONCE // max(1, k * rows.shape[1]))
+    found = [_pursued(rows[start : start + several], atoms, k) for start in range(0, len(rows), several)]
+    chosen, weights = zip(*found, strict=True)
+    return np.concatenate(chosen), np.concatenate(weights)
 
 
-def pursued(rows: Array, atoms: Array, k: int) -> tuple[Array, Array]:
-    """For each row, k atoms and their weights, in float64: each atom the one with the largest product with what is
-    still left of the row (of equal ones the first), the weights by least squares. Atoms that add nothing weigh 0."""
+def _pursued(rows: Array, atoms: Atoms, k: int) -> tuple[Array, Array]:
+    """The same, all rows at once: an orthonormal basis of each row's tokens is held, and their triangle in it."""
     import numpy as np
 
     count, width = rows.shape
@@ -42,18 +87,14 @@ def pursued(rows: Array, atoms: Array, k: int) -> tuple[Array, Array]:
     basis = np.zeros((count, k, width))
     triangle = np.tile(np.eye(k), (count, 1, 1))
     parts = np.zeros((count, k))
-    rest, each = rows.copy(), np.arange(count)
-    taken = np.zeros((count, len(atoms)), bool)
+    rest = rows.copy()
     for step in range(k):
-        scores = np.abs(rest @ atoms.T)
-        scores[taken] = -1.0
-        chosen[:, step] = scores.argmax(1)
-        taken[each, chosen[:, step]] = True
-        atom = atoms[chosen[:, step]]
-        left = atom.copy()
+        chosen[:, step] = atoms.likest(rest, chosen[:, :step])
+        atom = atoms(chosen[:, step])
+        left, before = atom.copy(), basis[:, :step]
         for _ in range(2):  # once more, for what rounding left
-            shares = np.einsum("nkw,nw->nk", basis[:, :step], left)
-            left -= np.einsum("nkw,nk->nw", basis[:, :step], shares)
+            shares = np.matmul(before, left[..., None])[..., 0]
+            left -= np.matmul(shares[:, None], before)[:, 0]
             triangle[:, :step, step] += shares
         length = np.sqrt(np.einsum("nw,nw->n", left, left))
         adds = length > DEPENDENT * np.sqrt(np.einsum("nw,nw->n", atom, atom))
@@ -65,4 +106,4 @@ def pursued(rows: Array, atoms: Array, k: int) -> tuple[Array, Array]:
     return chosen, np.linalg.solve(triangle, parts[..., None])[..., 0]
 
 
-OMP = builder("omp", _omp, machine=True)
+OMP = builder("omp", _omp, version=2, machine=True)

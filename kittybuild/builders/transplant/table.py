@@ -1,16 +1,19 @@
 """What all methods have in common: which rows are copied, which are made, and of what; then the table, block by block.
 
-A method sees only tables and numbers of rows, and makes the new rows in float64, whatever the size of blocks.
+A method sees only tables and numbers of rows, and makes new rows in float64, a group of them at a time. Groups are the
+same for every size of blocks, so that not even the order of additions in a product of matrices depends on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from kittybuild.builders.base import Block, Builder, Combine, Job
-from kittybuild.builders.transplant.normal import normals
+from kittybuild.builders.normals import normals
+from kittybuild.builders.random import Draws
 from kittybuild.builders.transplant.undertrained import undertrained
 from kittybuild.model.rows import RowMap
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 MODEL, DONOR = 0, 1
 AT_ONCE = 1 << 24
 """Numbers that a method holds at once, beside tables."""
+_GROUP = 256
+_PART = 1 << 21
 _NOISE = 1
 
 
@@ -34,17 +39,20 @@ class Shared:
     theirs: Array
     fresh: Array
 
-    @property
-    def anchors(self) -> Array:
-        """The donor's rows of shared tokens, in float64."""
-        return self.rows_of_donor(self.theirs)
-
-    def rows_of_donor(self, rows: Array) -> Array:
-        """Rows of the donor's table in float64."""
-        import numpy as np
-
+    def of_donor(self, rows: Array, dtype: Any = "float64") -> Array:
+        """Rows of the donor's table in a wider dtype."""
         assert self.donor is not None  # whoever asks for it lists it among the inputs
-        return self.donor[rows].astype(np.float64)
+        return self.donor[rows].astype(dtype)
+
+    def of_model(self, rows: Array) -> Array:
+        """Rows of the model's table in float64."""
+        return self.model[rows].astype("float64")
+
+    def parts(self) -> Iterator[slice]:
+        """The shared tokens in order, some at a time: what is held of them in float64 takes little memory."""
+        assert self.donor is not None
+        several = max(1, _PART // max(self.donor.shape[1], self.model.shape[1]))
+        return (slice(start, start + several) for start in range(0, len(self.theirs), several))
 
     def combined(self, chosen: Array, weights: Array) -> Array:
         """For each row, the sum of weights[row, n] times the model's row of the shared token chosen[row, n], added in
@@ -53,15 +61,16 @@ class Shared:
 
         total = np.zeros((len(chosen), self.model.shape[1]))
         for n in range(chosen.shape[1]):
-            total += weights[:, n, None] * self.model[self.ours[chosen[:, n]]].astype(np.float64)
+            total += weights[:, n, None] * self.of_model(self.ours[chosen[:, n]])
         return total
 
 
-Method = Callable[[Job, Shared], "Array"]
-"""Makes the fresh rows: [fresh, width of the model] in float64."""
+Make = Callable[["Array"], "Array"]
+"""Makes the rows of these numbers of the donor's table: [rows, width of the model] in float64."""
+Method = Callable[[Job, Shared], Make]
 
 
-def builder(name: str, method: Method, *, machine: bool = False) -> Builder:
+def builder(name: str, method: Method, *, version: int = 1, machine: bool = False) -> Builder:
     """The builder of a method. Inputs: the model's table, then the donor's if it counts, both [rows, width].
 
     Params: `rows`, a RowMap over (0) the model's rows and (1) rows to be made, by their number in the donor's table;
@@ -72,10 +81,41 @@ def builder(name: str, method: Method, *, machine: bool = False) -> Builder:
     def prepare(job: Job) -> Combine:
         return _table(job, method)
 
-    return Builder(f"transplant_{name}", 1, prepare, streamed=0, machine=machine)
+    return Builder(f"transplant_{name}", version, prepare, streamed=0, whole=0, rows=True, machine=machine)
 
 
 def _table(job: Job, method: Method) -> Combine:
+    import numpy as np
+
+    kind, place, shared = _read(job)
+    wide = np.dtype(np.float64 if job.double else np.float32)
+    width = shared.model.shape[1]
+    fresh = np.flatnonzero(kind == DONOR)
+    make = method(job, shared) if len(fresh) else None
+
+    @lru_cache(maxsize=1)  # blocks come in order, and end within groups
+    def group(number: int) -> Array:
+        assert make is not None
+        rows = shared.fresh[number * _GROUP : (number + 1) * _GROUP]
+        return _finished(job, make(rows), rows).astype(wide)
+
+    def combine(block: Block) -> Array:
+        first, last = block.start // width, (block.start + block.count) // width
+        here, row = kind[first:last], place[first:last]
+        found = np.zeros((last - first, width), wide)
+        found[here == MODEL] = shared.model[row[here == MODEL]].astype(wide)
+        start, stop = np.searchsorted(fresh, (first, last)).tolist()
+        if start < stop:
+            begin = start // _GROUP
+            made = np.concatenate([group(number) for number in range(begin, -(-stop // _GROUP))])
+            found[here == DONOR] = made[start - begin * _GROUP : stop - begin * _GROUP]
+        return found.reshape(-1)
+
+    return combine
+
+
+def _read(job: Job) -> tuple[Array, Array, Shared]:
+    """For each row of the output, the input that it is of (-1: none, zeros) and its number there; and what is known."""
     import numpy as np
 
     kind, place = _row_kinds(RowMap.parse(job.params["rows"]))
@@ -94,24 +134,7 @@ def _table(job: Job, method: Method) -> Combine:
         alone = (kind == DONOR) & worse & ~np.isin(np.arange(len(kind)), theirs)
         kind[alone] = -1
         ours, theirs = ours[~spoilt], theirs[~spoilt]
-    fresh = np.flatnonzero(kind == DONOR)
-    shared = Shared(model, donor, ours, theirs, place[fresh])
-    made = _finished(job, method(job, shared) if len(fresh) else np.zeros((0, model.shape[1])), shared.fresh)
-    place[fresh] = np.arange(len(fresh))
-    wide = np.dtype(np.float64 if job.double else np.float32)
-    made = made.astype(wide)
-    width = model.shape[1]
-
-    def combine(block: Block) -> Array:
-        first, last = block.start // width, -(-(block.start + block.count) // width)
-        found = np.zeros((last - first, width), wide)
-        here, row = kind[first:last], place[first:last]
-        found[here == MODEL] = model[row[here == MODEL]].astype(wide)
-        found[here == DONOR] = made[row[here == DONOR]]
-        begin = block.start - first * width
-        return found.reshape(-1)[begin : begin + block.count]
-
-    return combine
+    return kind, place, Shared(model, donor, ours, theirs, place[kind == DONOR])
 
 
 def _row_kinds(rows: RowMap) -> tuple[Array, Array]:
@@ -126,6 +149,18 @@ def _row_kinds(rows: RowMap) -> tuple[Array, Array]:
 def _finished(job: Job, made: Array, rows: Array) -> Array:
     """New rows with noise, then scaled."""
     if job.params.get("noise"):
-        made = made + job.params["noise"] * normals(job.params, _NOISE, rows, made.shape[1])
+        made = made + job.params["noise"] * drawn(job, _NOISE, rows, made.shape[1])
     scale = job.params.get("scale")
     return made if scale is None else made * scale
+
+
+def drawn(job: Job, stream: int, rows: Array, width: int) -> Array:
+    """Normally distributed numbers of these rows of a table: [rows, width] in float64. Seed, tensor, stream, row and
+    column decide each."""
+    import numpy as np
+
+    draws = Draws(job.params["seed"], job.params["tensor"], stream)
+    found = np.empty((len(rows), width))
+    for number, row in enumerate(rows.tolist()):
+        found[number] = normals(draws, row * width, width)
+    return found
