@@ -11,9 +11,9 @@ import pytest
 
 from kittybuild.store.remote.bucket import Bucket, Listed, Piece, Retried, Unreachable, stream, whole
 from kittybuild.store.remote.objects import Objects, connect
-from tests.servers import moto, nginx, rclone
+from tests.servers import azurite, gcs, moto, nginx, rclone
 
-KINDS = ("memory", "folder", "retried", "moto", "nginx", "rclone")
+KINDS = ("memory", "folder", "retried", "moto", "gcs", "azurite", "nginx", "rclone")
 NAMES = (f"cas/ab/{n}" for n in itertools.count())
 
 
@@ -32,6 +32,12 @@ def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             yield Retried(Flaky(connect(folder.as_uri())), pause=0.001)
         case "moto":
             with moto() as url:
+                yield connect(url)
+        case "gcs":
+            with gcs() as url:
+                yield connect(url)
+        case "azurite":
+            with azurite() as url:
                 yield connect(url)
         case "nginx":
             with nginx(folder) as url:
