@@ -66,8 +66,7 @@ def test_pushed_from_one_machine_and_built_on_another_without_weights(one: Machi
         document = two.build("--substituter", url, "--trust", public)
         assert run_cli("cache", "info", url)[1]["blobs"] == first["blobs"]
         assert run_cli("cache", "gc", url)[1]["delete"] == [], "all is young, and a root keeps it"
-        status, document = run_cli("cache", "roots", url, "--drop", "recipe")
-        assert (status, len(document["dropped"])) == (0, 1), document
+        assert len(run_cli("cache", "roots", url, "--drop", "recipe")[1]["dropped"]) == 1
         bucket = connect(url)
         assert len(collect(bucket, plan_gc(bucket, -DAY))) > first["blobs"], "as in a day from now"
         assert run_cli("cache", "info", url)[1]["blobs"] == 0
