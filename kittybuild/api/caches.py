@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kittybuild.api.building import _shortcut
@@ -24,6 +25,7 @@ def push(prepared: Prepared, store: Store, to: Pushing, builders: Builders = BUI
     from kittybuild.publish.push import push
 
     if ready := _shortcut(prepared, store):
+        to = replace(to, name=to.name or prepared.recipe.name)
         return push(to, store, ready[0], prepared.wanted, plan(prepared, store, builders))
     hint = "build it with the same recipe, lock and store, then push"
     raise RemoteError("KB806", "not everything is built", at=prepared.recipe.file, hint=hint)

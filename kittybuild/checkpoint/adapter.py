@@ -21,6 +21,7 @@ from kittybuild.tensors import Shape, TensorSpec
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 LARGEST_ALPHA = 1e30
+LONGEST_MODULE = 512
 _END = r"(?:\.(?!weight$)[^.]+)?"
 _NAMES = tuple(
     re.compile(rf"(?:base_model\.model\.)?(?P<module>.+)\.{rest}")
@@ -210,8 +211,8 @@ class _Reading:
         try:
             declared = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
             alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise self.fail(module, f"a pattern of the config is no regular expression: {error}") from error
+        except (re.error, RecursionError, OverflowError, ValueError) as error:
+            raise self.fail(module, f"a pattern of the config cannot be used: {error}") from error
         if declared != rank:
             raise self.fail(module, f"its factors have rank {rank}, the config says {declared!r}")
         if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA or rank == 0:
@@ -222,6 +223,20 @@ class _Reading:
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
     """The value of the first key that PEFT takes for the module: a regular expression for the end of its name."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(rf"(.*\.)?({_bounded(pattern, module)})$", module):
             return value
     return default
+
+
+def _bounded(pattern: str, module: str) -> str:
+    """The pattern, if it cannot keep us busy for long: at most two repeats, of one character or class each.
+
+    Raises ValueError for any other; Python's expressions can take time that is exponential in the length of a name.
+    """
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "c", pattern).replace("(?:", "(")
+    choices, repeats = plain.count("?") + plain.count("|"), len(re.findall(r"[*+{]", plain))
+    if re.search(r"\)[*+{]|\(\?|[?*+}][*+{]", plain) or re.search(r"\\[1-9]", pattern) or repeats > 2 or choices > 8:
+        raise ValueError(f"{pattern!r:.80} repeats too much")
+    if len(module) > LONGEST_MODULE:
+        raise ValueError(f"a name of {len(module)} characters")
+    return pattern

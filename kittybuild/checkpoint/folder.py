@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kittybuild.checkpoint.bounded import Bounded
 from kittybuild.checkpoint.quantized import dequantized, quantized_note, without
 from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.checkpoint.source import Checkpoint, Companion, Entry, FileId
@@ -96,7 +97,7 @@ def read_json(path: str) -> dict[str, Any] | None:
     """The JSON object in a file, or None where there is no file. Raises SourceError KB206."""
     try:
         with open(path, "rb") as file:
-            value = json.loads(file.read(LARGEST_COMPANION))
+            value = json.loads(Bounded(file, LARGEST_COMPANION, "the file").read())
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # what cannot be written again is damaged
     except FileNotFoundError:
         return None

@@ -9,6 +9,7 @@ import click
 
 from kittybuild import api
 from kittybuild.builders.plugins import load
+from kittybuild.cli.cache_gc import gc, roots
 from kittybuild.cli.caches import QUORUM, TRUSTED, bucket, offers
 from kittybuild.cli.common import JSON, READING, RECIPE, STORE, amount, answers, capability, store_folder
 from kittybuild.cli.progress import shown
@@ -49,6 +50,7 @@ def keygen(name: str, output: str | None, as_json: bool) -> dict[str, Any]:
 @click.argument("stages", nargs=-1)
 @click.option("--to", "to", metavar="URL", required=True, help="The cache.")
 @click.option("--key", "key_file", metavar="FILE", envvar="KITTYBUILD_KEY", help="The secret key that signs.")
+@click.option("--as", "name", metavar="NAME", default="", help="The name that the cache keeps it under.")
 @click.option("--zstd", is_flag=True, help="Compress tensors on the way.")
 @STORE
 @READING
@@ -59,6 +61,7 @@ def push(
     stages: tuple[str, ...],
     to: str,
     key_file: str | None,
+    name: str,
     zstd: bool,
     store: str | None,
     numerics: str | None,
@@ -71,7 +74,7 @@ def push(
 
     key = _signing_key(key_file)
     with Store.open(store_folder(store, what)) as opened, shown() as events:
-        pushing = Pushing(open_to_push(bucket(to)), key, events, zstd)
+        pushing = Pushing(open_to_push(bucket(to)), key, events, zstd, name)
         if os.path.isdir(what):
             done = push_folder(pushing, opened, what)
         else:
@@ -138,6 +141,10 @@ def info(url: str, as_json: bool) -> dict[str, Any]:
             else:
                 click.echo(f"{key}: {amount(value) if key == 'bytes' else value}")
     return {"ok": True, "cache": url, **found}
+
+
+for _command in (gc, roots):
+    command.add_command(_command)
 
 
 def _keys() -> str:

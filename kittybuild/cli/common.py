@@ -31,9 +31,12 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]
-    """A time such as 30d, 12h or 45m, in seconds."""
+    """A time such as 30d, 12h or 45m, in seconds; `least`: none that is shorter."""
 
     name = "time"
+
+    def __init__(self, least: str = "0s") -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
@@ -42,7 +45,10 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         unit = {"d": 86_400, "h": 3600, "m": 60, "s": 1}.get(text[-1:])
         if unit is None or not text[:-1].isdecimal():
             self.fail(f"{text!r} is not a time such as 30d, 12h or 45m", param, ctx)
-        return float(int(text[:-1]) * unit)
+        seconds = float(int(text[:-1]) * unit)
+        if text != self.least and seconds < self.convert(self.least, param, ctx):
+            self.fail(f"it is {self.least} at least", param, ctx)
+        return seconds
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

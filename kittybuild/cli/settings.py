@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import yaml
-
 from kittybuild.errors import RecipeError, nearest
+from kittybuild.recipe.yamltext import read_documents
 
 _LISTS = ("substituters", "trusted")
 _HINT = "write `store: FOLDER`, `substituters: [URL, ...]`, `trusted: [KEY, ...]`"
@@ -50,12 +49,13 @@ def personal_settings() -> Settings:
 def _read(path: str) -> Settings:
     try:
         with open(path, encoding="utf-8") as text:
-            found = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            documents = read_documents(text.read(), path)
+    except (OSError, ValueError) as error:
         raise RecipeError("KB101", f"cannot read the settings: {error}", at=path) from error
-    if found is None:
+    if not documents:
         return Settings(os.path.dirname(path))
-    if not isinstance(found, dict) or not isinstance(found.get("store", ""), str):
+    found = documents[0].value
+    if len(documents) > 1 or not isinstance(found, dict) or not isinstance(found.get("store", ""), str):
         raise RecipeError("KB103", "the settings are not `store: FOLDER`", at=path, hint="write `store: store/`")
     for word in found:
         if word not in ("store", *_LISTS):

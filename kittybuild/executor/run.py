@@ -303,7 +303,7 @@ class _Run:
         if has_bytes(self.known, step, stage.name, name):
             self._copy(writer, name, self.known.ref(step, stage.name, name))
         elif drv is not None:
-            if not self._claimed(stage, writer, result, name, drv, patience):
+            if not self._leased(stage, writer, result, name, drv, patience):
                 return False
         elif isinstance(step, SourceTensor | StageTensor):
             with self.budget.admit(self.realiser.cost(step)):
@@ -313,7 +313,7 @@ class _Run:
         self._flush_now_and_then(writer, step.spec.nbytes)
         return True
 
-    def _claimed(
+    def _leased(
         self,
         stage: StagePlan,
         writer: PackWriter,
@@ -323,14 +323,14 @@ class _Run:
         patience: float | None,
     ) -> bool:
         """Make a tensor, or take it from whoever has made it meanwhile; False if somebody is at it just now."""
-        claim = self.known.claim(drv)
-        if patience is not None and not self.store.claims.take(claim, patience):
+        lease = self.known.lease(drv)
+        if patience is not None and not self.store.leases.take(lease, patience):
             return False
         try:
             if not self._take_over(stage, writer, name, drv):
                 self._make(stage, writer, result, name, drv)
         finally:
-            self.store.claims.free(claim)
+            self.store.leases.free(lease)
         return True
 
     def _make(self, stage: StagePlan, writer: PackWriter, result: StageResult, name: str, drv: Derivation) -> None:

@@ -138,7 +138,8 @@ class _Tokens:
 
     def __init__(self, base: View, files: Mapping[str, bytes], at: str, problems: list[KittybuildError]) -> None:
         self.base, self.problems = base, problems
-        self.limit = assumed(base.config or {"model_type": ""}).get("max_position_embeddings")
+        limit = assumed(base.config or {"model_type": ""}).get("max_position_embeddings")
+        self.limit = limit if type(limit) is int else None
         table = base.tensors[EMBEDDING].spec.shape[0]
         self.begin, self.filler, self._tokenizer = "", 0, None
         try:
@@ -156,7 +157,11 @@ class _Tokens:
         """The ids of one prompt; a prompt without tokens, or with more than the base takes, is noted."""
         if self._tokenizer is None:
             return [self.filler]
-        ids: list[int] = self._tokenizer.encode(self.begin + prompt, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(self.begin + prompt, add_special_tokens=False).ids
+        except Exception as error:  # of whatever kind the library raises
+            self.problems.append(_damaged(error, self.base.label))
+            return [self.filler]
         shown = repr(prompt) if len(prompt) <= 40 else f"{prompt[:37]!r}..."
         rows = self.base.tensors[EMBEDDING].spec.shape[0]
         problem = hint = ""
@@ -179,4 +184,10 @@ def _tokenizer(data: bytes, where: str):  # type: ignore[no-untyped-def]  # toke
     try:
         return Tokenizer.from_str(data.decode())
     except Exception as error:  # of whatever kind the library raises
-        raise SourceError("KB240", f"not a tokenizer: {error}", at=f"{where}: {TOKENIZER}") from error
+        raise _damaged(error, where) from error
+
+
+def _damaged(error: Exception, where: str) -> SourceError:
+    return SourceError(
+        "KB240", f"not a tokenizer: {error}", at=f"{where}: {TOKENIZER}", hint="download or copy it again"
+    )

@@ -140,16 +140,16 @@ class Known:
         entry = self.entry(tensor)
         return self.file_id(entry.file).key(), self.memo_name(entry)
 
-    def claim(self, step: Step) -> Digest:
+    def lease(self, step: Step) -> Digest:
         """What stands for a derivation whose inputs may be unknown: the same for all who build from the same files."""
         if isinstance(step, StageTensor):
-            return self.claim(self.plan.step(step))
+            return self.lease(self.plan.step(step))
         if isinstance(step, SourceTensor):
             file, name = self.memo_key(step)
-            return tagged("kittybuild.claim-source.v1", [file.hex, name])
-        inputs = [self.claim(given).hex for given in step.inputs]
+            return tagged("kittybuild.lease-source.v1", [file.hex, name])
+        inputs = [self.lease(given).hex for given in step.inputs]
         form = [step.builder, step.version, step.params, inputs, step.output.to_json(), step.numerics]
-        return tagged("kittybuild.claim.v1", form)
+        return tagged("kittybuild.lease.v1", form)
 
     def ask_again(self, drv: Derivation) -> tuple[Digest, TensorRef] | None:
         """The key of a derivation and what it makes, if another process has recorded it since we looked."""

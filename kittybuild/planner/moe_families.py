@@ -72,12 +72,12 @@ class Family:
 def sliding_window(config: Config) -> int | None:
     """The window of a base's attention, where it has one."""
     window: int | None = assumed(config).get("sliding_window")
-    return window if config.get("use_sliding_window", config["model_type"] == "mistral") else None
+    return window if config.get("use_sliding_window", config.get("model_type") == "mistral") else None
 
 
 def assumed(config: Config) -> dict[str, Any]:
     """A base's config with what its class assumes where it says nothing."""
-    defaults = dict(_ASSUMED.get(config["model_type"], {}))
+    defaults = dict(_ASSUMED.get(str(config.get("model_type")), {}))
     if "rope_parameters" in config:
         defaults.pop("rope_theta", None)
     defaults.setdefault("num_key_value_heads", config.get("num_attention_heads"))

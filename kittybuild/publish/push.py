@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from kittybuild.checkpoint.source import Checkpoint, FileId
 from kittybuild.checkpoint.sources.cached import digests
@@ -23,15 +25,21 @@ from kittybuild.model.manifest import Manifest
 from kittybuild.planner.known import Known, pinned_memo_name
 from kittybuild.store.problems import DamagedTensor
 from kittybuild.store.remote.bucket import Bucket, Unreachable
+from kittybuild.store.remote.cache import GROUPED, Cache
 from kittybuild.store.remote.cache import RAW as PLAIN
-from kittybuild.store.remote.cache import ZSTD, Cache
 from kittybuild.store.remote.claims import Output, SourceFacts, outputs_claim, source_claim, stage_key
+from kittybuild.store.remote.gc import DAY
 from kittybuild.store.remote.keys import SigningKey
 from kittybuild.store.remote.names import SOURCES, STAGES, TRACES
+from kittybuild.store.remote.roots import Root, all_roots, former, put_root
 from kittybuild.store.remote.substituters import STREAMS
 from kittybuild.store.store import Store
 
 IN_FLIGHT = 256 << 20
+FRESH = DAY / 2
+"""Nothing that was put so lately is collected before a push is done: collection spares what is younger than a day."""
+T = TypeVar("T")
+
 _HEADED = (".safetensors", ".gguf")
 _SHA256 = 64
 
@@ -49,22 +57,29 @@ class Pushed:
 
 @dataclass(frozen=True)
 class _Blob:
-    """Bytes to send: a range of a file, by digest."""
+    """Bytes to send: a range of a file, by digest. `element`: the size of one element in bytes."""
 
     digest: Digest
     path: str
     offset: int
     nbytes: int
+    element: int = 1
 
 
 @dataclass(frozen=True)
 class Pushing:
-    """Where a push goes, who signs it, and in which form blobs travel."""
+    """Where a push goes, who signs it, whether blobs are compressed, and the name under which the cache keeps it."""
 
     cache: Cache
     key: SigningKey
     events: Events
     zstd: bool = False
+    name: str = ""
+
+    @property
+    def form(self) -> str:
+        """The form in which blobs travel."""
+        return GROUPED if self.zstd else PLAIN
 
 
 def push(
@@ -72,15 +87,19 @@ def push(
 ) -> Pushed:
     """Push the tensors of the `wanted` stages and claims of all; `known`: with facts about the sources behind them.
 
-    Raises RemoteError KB802 or KB806, StoreError KB710.
+    Raises RemoteError KB802, KB806 or KB809, StoreError KB710.
     """
     sources = dict(_source_facts(known)) if known else {}
     blobs = {blob.digest: blob for name in wanted for blob in _blobs(manifests[name], store)}
     blobs |= {blob.digest: blob for _, more in sources.values() for blob in more}
+    outputs = [made for made in (_outputs(manifest, store) for manifest in manifests.values()) if made]
+    root = _root(to, blobs, outputs, sources)
     with _reached(to.cache):
-        cache = to.cache.tell(ZSTD if to.zstd else PLAIN)
-        sent = _send(to, cache, list(blobs.values()))
-        claims = _claim(to, cache, store, manifests)
+        cache = to.cache.tell(to.form)
+        before = former(cache.bucket, root)
+        put_root(cache.bucket, root)  # first, so that whoever collects meanwhile knows what is needed
+        sent = _send(to, cache, list(blobs.values()), root, before)
+        claims = sum(_claim(to, cache, made) for made in outputs)
         for sha256, (facts, _) in sources.items():
             cache.put_claim(SOURCES, sha256, to.key.name, source_claim(sha256, facts, to.key))
     there = sum(nbytes is None for nbytes in sent)
@@ -95,7 +114,7 @@ def push_folder(to: Pushing, store: Store, folder: str) -> Pushed:
     if root is None or manifest is None:
         hint = "push from the machine that built it, with the same --store; or push the recipe"
         raise RemoteError("KB806", "this store built no output in this folder", at=folder, hint=hint)
-    return push(to, store, {root.name: manifest}, (root.name,))
+    return push(replace(to, name=to.name or root.name), store, {root.name: manifest}, (root.name,))
 
 
 def open_to_push(bucket: Bucket) -> Cache:
@@ -127,29 +146,42 @@ def _blobs(manifest: Manifest, store: Store) -> Iterator[_Blob]:
         if digest not in found:
             raise RemoteError("KB806", f"{tensor.name} is not in the store any more", hint="build it again, then push")
         at = found[digest]
-        yield _Blob(digest, at.path, at.offset, at.nbytes)
+        yield _Blob(digest, at.path, at.offset, at.nbytes, tensor.ref.spec.dtype.size)
 
 
-def _send(to: Pushing, cache: Cache, blobs: Sequence[_Blob]) -> list[int | None]:
-    """Send blobs side by side; for each the bytes that went, None if it was there."""
+def _root(to: Pushing, blobs: Iterable[Digest], outputs: Iterable[Sequence[Output]], sources: Iterable[str]) -> Root:
+    """What the cache keeps for this push."""
+    traces = {output.key.hex for made in outputs for output in made}
+    stages = {stage_key(output.key for output in made).hex for made in outputs}
+    claims = {TRACES: frozenset(traces), STAGES: frozenset(stages), SOURCES: frozenset(sources)}
+    return Root(to.name, to.key.name, frozenset(blobs), claims)
+
+
+def _send(to: Pushing, cache: Cache, blobs: Sequence[_Blob], root: Root, before: frozenset[Digest]) -> list[int | None]:
+    """Send blobs side by side; for each the bytes that went, None if it was there. `before`: what `root` kept."""
     room = Admission(IN_FLIGHT)
     to.events.stage("push", sum(blob.nbytes for blob in blobs))
+    there = dict(zip(blobs, _side_by_side(lambda blob: cache.has(blob.digest, blob.nbytes), blobs), strict=True))
+    # Who collects may have chosen what is old and no root's, before ours was there: that is sent again.
+    doubtful = {b.digest for b, told in there.items() if told and told.put < time.time() - FRESH} - before
+    others = [other.blobs for other, _ in all_roots(cache.bucket) if other.place != root.place] if doubtful else []
+    kept = before.union(*others)
 
     def send(blob: _Blob) -> int | None:
         try:
-            if cache.has(blob.digest, blob.nbytes):
+            if there[blob] and (blob.digest not in doubtful or blob.digest in kept):
                 return None
             with room.admit(blob.nbytes), _mapped(blob) as data:
                 if Digest.of(data) != blob.digest:
                     raise DamagedTensor(blob.path, f"the bytes at {blob.offset:,} are not tensor {blob.digest}")
-                return cache.put_blob(blob.digest, data, ZSTD if to.zstd else PLAIN)
+                return cache.put_blob(blob.digest, data, to.form, blob.element)
         finally:
             to.events.advance(blob.nbytes)
 
     return _side_by_side(send, blobs)
 
 
-def _side_by_side(work: Callable[[_Blob], int | None], blobs: Sequence[_Blob]) -> list[int | None]:
+def _side_by_side(work: Callable[[_Blob], T], blobs: Sequence[_Blob]) -> list[T]:
     with ThreadPoolExecutor(STREAMS) as threads:
         begun = [threads.submit(work, blob) for blob in blobs]
         try:
@@ -172,20 +204,20 @@ def _mapped(blob: _Blob) -> Iterator[memoryview]:
         view.release()
 
 
-def _claim(to: Pushing, cache: Cache, store: Store, manifests: Mapping[str, Manifest]) -> int:
-    """Sign what every stage's derivations make: one claim for each, and one for the stage."""
-    count = 0
-    for manifest in manifests.values():
-        made = [(tensor.key, tensor.ref) for tensor in manifest.tensors if tensor.key is not None]
-        costs = store.costs(ref.digest for _, ref in made)
-        ms = {digest: round(seconds * 1000) for digest, seconds in costs.items()}
-        outputs = [Output(key, ref, ms.get(ref.digest)) for key, ref in made]
-        with ThreadPoolExecutor(STREAMS) as threads:
-            list(threads.map(lambda output: _put(to, cache, TRACES, output.key, [output]), outputs))
-        if outputs:
-            _put(to, cache, STAGES, stage_key(output.key for output in outputs), outputs)
-        count += len(outputs) + bool(outputs)
-    return count
+def _outputs(manifest: Manifest, store: Store) -> list[Output]:
+    """What the derivations of a stage make, with the time that each took here."""
+    made = [(tensor.key, tensor.ref) for tensor in manifest.tensors if tensor.key is not None]
+    costs = store.costs(ref.digest for _, ref in made)
+    ms = {digest: round(seconds * 1000) for digest, seconds in costs.items()}
+    return [Output(key, ref, ms.get(ref.digest)) for key, ref in made]
+
+
+def _claim(to: Pushing, cache: Cache, outputs: Sequence[Output]) -> int:
+    """Sign what a stage's derivations make: one claim for each, and one for the stage; their number."""
+    with ThreadPoolExecutor(STREAMS) as threads:
+        list(threads.map(lambda output: _put(to, cache, TRACES, output.key, [output]), outputs))
+    _put(to, cache, STAGES, stage_key(output.key for output in outputs), outputs)
+    return len(outputs) + 1
 
 
 def _put(to: Pushing, cache: Cache, kind: str, about: Digest, outputs: Sequence[Output]) -> None:

@@ -295,7 +295,10 @@ def _decoded(row: str, data: bytes | None) -> Json:
     checksum, _, text = (data if isinstance(data, bytes) else b"").partition(b" ")
     if checksum != _checksum(row, text):
         return None
-    value: Json = json.loads(text)
+    try:
+        value: Json = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
     return value
 
 

@@ -72,8 +72,9 @@ class Roots:
             recipe = form.get("recipe")
             also = tuple(Digest(digest) for digest in form.get("also", ()))
             root = Root(form["name"], form["folder"], Digest(form["manifest"]), also, recipe)
-            sound = form["root"] == 1 and isinstance(recipe, str | None) and path == self._path(root.name, root.folder)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            texts = isinstance(root.name, str) and isinstance(root.folder, str) and isinstance(recipe, str | None)
+            sound = form["root"] == 1 and texts and path == self._path(root.name, root.folder)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise damaged(path, "not a root", "`kittybuild store repair` sets it aside; then build its output again")

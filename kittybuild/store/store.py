@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from kittybuild.digest import Digest, tagged
 from kittybuild.model.manifest import Manifest
-from kittybuild.store.claims import Claims
 from kittybuild.store.disk import Disk
 from kittybuild.store.facts import Location
 from kittybuild.store.format import DELETE, USE, VERSION, Format, checked_format, mend_format, migrate
 from kittybuild.store.index import Index
 from kittybuild.store.inside import Inside
 from kittybuild.store.layout import Layout
+from kittybuild.store.leases import Leases
 from kittybuild.store.locks import convert, held, release, take
 from kittybuild.store.problems import DamagedTensor, cannot_open, failure, guarded
 from kittybuild.store.reserve import free_reserve, make_reserve
@@ -59,7 +59,7 @@ class Store:
         self.root = paths.root
         self._paths = paths
         self._lock: int | None = lock
-        self.claims = Claims(disk, paths)
+        self.leases = Leases(disk, paths)
         self._use(index)
 
     def _use(self, index: Index) -> None:
@@ -107,7 +107,7 @@ class Store:
             lock, self._lock = self._lock, None
             with guarded("close", self.root):
                 self._packs.note_used()
-                self.claims.close()
+                self.leases.close()
                 self._unfinished.close()
                 self._index.close()
                 self.disk.close(lock)

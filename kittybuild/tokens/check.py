@@ -47,15 +47,25 @@ def check_change(output: Output, old: Mapping[str, bytes], new: Mapping[str, byt
     for text in SAMPLE:
         if any(token in text for token in added):
             continue
-        was, now = before.encode(text).ids, after.encode(text).ids
-        if plain:
+        was, now = _ids(before, text), _ids(after, text)
+        if was is None:  # then there is nothing to keep
+            continue
+        if plain and now is not None:
             was, now = before.decode(was), after.decode(now)
-        if was != now and not (plain and was.strip() != text.strip() and _within(was, now, before)):
+        if was != now and not (plain and now is not None and was.strip() != text.strip() and _within(was, now, before)):
             raise _saying(wrong, f"{text!r} was {was!r}, and is {now!r}")
-    found = set(after.encode(" ".join(added)).ids)
+    found = set(_ids(after, " ".join(added)) or ())
     lost = [token for token in added if output.vocabulary.ids[token] not in found]
     if lost:
         raise _saying(wrong, f"the token {lost[0]!r} is not found in a text")
+
+
+def _ids(tokenizer: Any, text: str) -> Any:
+    """The ids of a text; None: the library refuses, as where a word is unknown and no token stands for that."""
+    try:
+        return tokenizer.encode(text).ids
+    except Exception:  # what it raises is Exception itself
+        return None
 
 
 def _within(was: str, now: str, before: Any) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kittybuild.errors import SourceError
 from kittybuild.tokens.reading import TOKENIZER
 from kittybuild.tokens.vocabulary import Vocabulary
 
@@ -123,12 +124,17 @@ def pieces(files: Mapping[str, bytes], model: Vocabulary, donor: Vocabulary, row
     """
     from tokenizers import Tokenizer
 
-    tokenizer: Any = Tokenizer.from_str(files[TOKENIZER].decode())
     theirs = Meanings(donor)
     texts = []
     for row in rows:
         token = donor.tokens.get(row, "")
         text = theirs.plain(token) if token else b""
         texts.append(token if text is None else text.decode(errors="ignore"))
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    try:
+        tokenizer: Any = Tokenizer.from_str(files[TOKENIZER].decode())
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # of whatever kind the library raises
+        raise SourceError(
+            "KB240", f"not a tokenizer: {error}", at=TOKENIZER, hint="download or copy it again"
+        ) from error
     return [[number for number in encoding.ids if number < model.rows] for encoding in encodings]

@@ -49,7 +49,7 @@ def read_vocabulary(files: Mapping[str, bytes], rows: int, where: str) -> Vocabu
         raise SourceError("KB241", message, at=where, hint=_WITH_TRANSFORMERS)
     try:
         return _read(files, table, rows, where)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise SourceError("KB240", f"not a tokenizer: {error}", at=f"{where}: {table}", hint=_COPY) from error
 
 

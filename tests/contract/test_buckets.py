@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kittybuild.store.remote.bucket import Bucket, Piece, Retried, Unreachable, stream, whole
+from kittybuild.store.remote.bucket import Bucket, Listed, Piece, Retried, Unreachable, stream, whole
 from kittybuild.store.remote.objects import Objects, connect
-from tests.servers import moto, nginx, rclone
+from tests.servers import azurite, gcs, moto, nginx, rclone
 
-KINDS = ("memory", "folder", "retried", "moto", "nginx", "rclone")
+KINDS = ("memory", "folder", "retried", "moto", "gcs", "azurite", "nginx", "rclone")
 NAMES = (f"cas/ab/{n}" for n in itertools.count())
 
 
@@ -31,6 +32,12 @@ def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             yield Retried(Flaky(connect(folder.as_uri())), pause=0.001)
         case "moto":
             with moto() as url:
+                yield connect(url)
+        case "gcs":
+            with gcs() as url:
+                yield connect(url)
+        case "azurite":
+            with azurite() as url:
                 yield connect(url)
         case "nginx":
             with nginx(folder) as url:
@@ -58,11 +65,11 @@ class Flaky:
         self._perhaps()
         self.inner.put(name, data)
 
-    def head(self, name: str) -> int | None:
+    def head(self, name: str) -> Listed | None:
         self._perhaps()
         return self.inner.head(name)
 
-    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+    def list(self, folder: str) -> Iterator[Listed]:
         self._perhaps()
         return self.inner.list(folder)
 
@@ -91,7 +98,10 @@ class TestBuckets:
         piece = bucket.read(name)
         assert piece is not None
         assert (bytes(piece.data), piece.total) == (b"weights", 7)
-        assert bucket.head(name) == 7
+        told = bucket.head(name)
+        assert told is not None
+        assert (told.name, told.size) == (name, 7)
+        assert abs(told.put - time.time()) < 100
         assert whole(bucket, name, 7) == b"weights"
 
     @pytest.mark.parametrize(("start", "length", "found"), [(0, 2, b"we"), (3, 2, b"gh"), (5, 100, b"ts")])
@@ -105,6 +115,11 @@ class TestBuckets:
         for data in (b"first", b"first", b"second!"):
             put(bucket, name, data)
         assert whole(bucket, name, 7) == b"second!"
+
+    def test_an_empty_object_is_read(self, bucket: Bucket, name: str) -> None:
+        put(bucket, name, b"")
+        assert bucket.read(name) == Piece(memoryview(b""), 0)
+        assert whole(bucket, name, 10) == b""
 
     def test_large_objects_come_in_windows(self, bucket: Bucket, name: str) -> None:
         data = bytes(range(256)) * 70_000  # 18 MB: two windows and a bit
@@ -125,7 +140,9 @@ class TestBuckets:
         put(bucket, f"{folder}/team-1.json", b"one")
         put(bucket, f"{folder}/other-1.json", b"three")
         put(bucket, f"{folder}0/team-1.json", b"elsewhere")
-        assert sorted(bucket.list(folder)) == [(f"{folder}/other-1.json", 5), (f"{folder}/team-1.json", 3)]
+        told = sorted(bucket.list(folder), key=lambda one: one.name)
+        assert [(one.name, one.size) for one in told] == [(f"{folder}/other-1.json", 5), (f"{folder}/team-1.json", 3)]
+        assert all(abs(one.put - time.time()) < 100 for one in told)
         assert list(bucket.list(f"{folder}-none")) == []
 
     def test_deleting_is_harmless_twice(self, bucket: Bucket, name: str) -> None:

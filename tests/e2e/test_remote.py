@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from kittybuild.digest import Digest
 from kittybuild.store.remote.claims import Output, outputs_claim
@@ -156,10 +157,20 @@ class TestShared:
     ) -> None:
         small = tmp_path / "small"
         document = pushed[0].push(small, keys["team-1"][0], "--zstd")
-        assert {path.suffix for path in small.glob("cas/*/*")} == {".zst"}
+        assert {"".join(path.suffixes) for path in small.glob("cas/*/*")} == {".bg.zst"}
         assert document["bytes"] < sum(path.stat().st_size for path in pushed[1].glob("cas/*/*"))
         document = second.build("--substituter", small, "--trust", keys["team-1"][1], "--fetch", "always")
         assert counts(document) == (0, 12)
+        assert same(pushed[0], second)
+
+    def test_plainly_compressed_blobs_of_older_pushes_are_read(
+        self, pushed: tuple[Machine, Path], second: Machine, cache: Path, ask: tuple[str | Path, ...]
+    ) -> None:
+        for path in list(cache.glob("cas/*/*")):
+            path.with_name(f"{path.name}.zst").write_bytes(zstandard.compress(path.read_bytes()))
+            path.unlink()
+        (cache / "kittybuild-cache.json").write_text('{"kittybuild.cache": 1, "blobs": ["zstd", "raw"]}')
+        assert counts(second.build(*ask)) == (0, 12)
         assert same(pushed[0], second)
 
     def test_a_second_push_sends_nothing_and_heals_what_is_cut(

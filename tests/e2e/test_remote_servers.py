@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from kittybuild.store.remote.gc import DAY, collect, plan_gc
+from kittybuild.store.remote.objects import connect
 from tests.caches import Machine, counts, machine, signer
 from tests.helpers import run_cli
-from tests.servers import Spoil, moto, nginx, proxy, rclone
+from tests.servers import Spoil, azurite, gcs, moto, nginx, proxy, rclone
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,12 @@ def server(kind: str, folder: Path) -> Iterator[str]:
     match kind:
         case "moto":
             with moto() as url:
+                yield url
+        case "gcs":
+            with gcs() as url:
+                yield url
+        case "azurite":
+            with azurite() as url:
                 yield url
         case "nginx":
             with nginx(folder) as url:
@@ -47,7 +55,7 @@ def same(one: Machine, two: Machine) -> bool:
     )
 
 
-@pytest.mark.parametrize("kind", ["folder", "moto", "nginx", "rclone"])
+@pytest.mark.parametrize("kind", ["folder", "moto", "gcs", "azurite", "nginx", "rclone"])
 def test_pushed_from_one_machine_and_built_on_another_without_weights(one: Machine, tmp_path: Path, kind: str) -> None:
     key, public = signer(tmp_path, "team-1")
     with server(kind, tmp_path / "server") as url:
@@ -57,6 +65,11 @@ def test_pushed_from_one_machine_and_built_on_another_without_weights(one: Machi
         two = one.like(tmp_path / "two", weights=False)
         document = two.build("--substituter", url, "--trust", public)
         assert run_cli("cache", "info", url)[1]["blobs"] == first["blobs"]
+        assert run_cli("cache", "gc", url)[1]["delete"] == [], "all is young, and a root keeps it"
+        assert len(run_cli("cache", "roots", url, "--drop", "recipe")[1]["dropped"]) == 1
+        bucket = connect(url)
+        assert len(collect(bucket, plan_gc(bucket, -DAY))) > first["blobs"], "as in a day from now"
+        assert run_cli("cache", "info", url)[1]["blobs"] == 0
     assert counts(document) == (0, 21)
     assert counts(document, "copy") == (0, 21)
     assert document["bytes"]["read"] == 0

@@ -102,7 +102,7 @@ def test_eight_processes_compute_each_derivation_once(
         assert store.info().tmp_bytes == 0
 
 
-def test_a_claim_dies_with_its_process(tmp_path: Path) -> None:
+def test_a_lease_dies_with_its_process(tmp_path: Path) -> None:
     what, other = Digest.of(b"what"), Digest.of(b"other")
     root = str(tmp_path / "store")
     Store.open(root).close()
@@ -110,26 +110,26 @@ def test_a_claim_dies_with_its_process(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         store = Store.open(root)
-        os.write(writer, bytes([store.claims.take(what)]))
+        os.write(writer, bytes([store.leases.take(what)]))
         time.sleep(60)
         os._exit(0)
     assert os.read(reader, 1) == b"\x01"
     with Store.open(root) as store:
-        assert not store.claims.take(what)
-        assert store.claims.take(other)
+        assert not store.leases.take(what)
+        assert store.leases.take(other)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert store.claims.take(what, 5)
+        assert store.leases.take(what, 5)
 
 
-def test_threads_and_stores_of_one_process_hold_claims_apart(tmp_path: Path) -> None:
+def test_threads_and_stores_of_one_process_hold_leases_apart(tmp_path: Path) -> None:
     what = Digest.of(b"what")
     with Store.open(str(tmp_path)) as one, Store.open(str(tmp_path)) as two:
-        assert one.claims.take(what)
-        assert not one.claims.take(what)
-        assert not two.claims.take(what)
-        timer = threading.Timer(0.1, one.claims.free, [what])
+        assert one.leases.take(what)
+        assert not one.leases.take(what)
+        assert not two.leases.take(what)
+        timer = threading.Timer(0.1, one.leases.free, [what])
         timer.start()
-        assert two.claims.take(what, 10)
-        one.claims.free(what)
-        assert not one.claims.take(what)
+        assert two.leases.take(what, 10)
+        one.leases.free(what)
+        assert not one.leases.take(what)

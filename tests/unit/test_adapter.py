@@ -217,8 +217,11 @@ def test_factors_of_integers_do_not_fit(tmp_path: Path) -> None:
         ({"lora_alpha": 10**400}, "is no scale"),
         ({"lora_alpha": None}, "is no scale"),
         ({"r": "2"}, "the config says '2'"),
-        ({"rank_pattern": {"q(": 2}}, "a pattern of the config is no regular expression"),
-        ({"alpha_pattern": {"q{99999999999}": 2}}, "a pattern of the config is no regular expression"),
+        ({"rank_pattern": {"(.+)+!": 2}}, "repeats too much"),
+        ({"alpha_pattern": {".*.*.*.*!": 2}}, "repeats too much"),
+        ({"alpha_pattern": {r"(.)\1": 2}}, "repeats too much"),
+        ({"rank_pattern": {"q(": 2}}, "a pattern of the config cannot be used"),
+        ({"alpha_pattern": {"q{99999999999}": 2}}, "a pattern of the config cannot be used"),
     ],
 )
 def test_a_config_that_gives_no_scale(tmp_path: Path, config: dict[str, Any], words: str) -> None:

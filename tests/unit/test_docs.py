@@ -160,7 +160,7 @@ def test_the_json_documents_are_as_commands_print_them(soup: Path, monkeypatch: 
 COMMANDS = (
     *("build", "plan", "why", "lock", "verify", "reproduce", "diff", "publish", "methods", "schema"),
     *("store info", "store roots", "store gc", "store check", "store repair"),
-    *("cache keygen", "cache push", "cache pull", "cache info"),
+    *("cache keygen", "cache push", "cache pull", "cache info", "cache gc", "cache roots"),
 )
 PROGRAMS = ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "merge-lora", "legacy")
 """The commands of from-mergekit.md."""

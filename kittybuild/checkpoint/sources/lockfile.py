@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
+from kittybuild.checkpoint.bounded import Bounded
 from kittybuild.errors import SourceError
 from kittybuild.model.lock import Pin, lock_text, parse_lock
 
@@ -22,7 +23,7 @@ def read_lock(recipe: str) -> dict[str, Pin]:
     path = lock_path(recipe)
     try:
         with open(path, "rb") as file:
-            return parse_lock(file.read(LARGEST))
+            return parse_lock(Bounded(file, LARGEST, "the lock").read())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

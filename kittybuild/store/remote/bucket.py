@@ -29,6 +29,15 @@ class Piece:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What a server tells of an object: name, size, and when it was put, in seconds since the epoch."""
+
+    name: str
+    size: int
+    put: float
+
+
 class Bucket(Protocol):
     """Bytes by name. Any thread may use it."""
 
@@ -42,11 +51,11 @@ class Bucket(Protocol):
     def put(self, name: str, data: memoryview) -> None:
         """Make or replace an object, whole or not at all."""
 
-    def head(self, name: str) -> int | None:
-        """The size of an object in bytes."""
+    def head(self, name: str) -> Listed | None:
+        """What is told of one object. None: there is no such object."""
 
-    def list(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Names and sizes of all objects whose names begin with `folder` and a slash."""
+    def list(self, folder: str) -> Iterator[Listed]:
+        """All objects whose names begin with `folder` and a slash."""
 
     def delete(self, name: str) -> None:
         """Remove an object; absent is fine."""
@@ -73,11 +82,11 @@ class Retried:
         """See Bucket."""
         self._again(lambda: self.inner.put(name, data))
 
-    def head(self, name: str) -> int | None:
+    def head(self, name: str) -> Listed | None:
         """See Bucket."""
         return self._again(lambda: self.inner.head(name))
 
-    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+    def list(self, folder: str) -> Iterator[Listed]:
         """See Bucket."""
         return iter(self._again(lambda: tuple(self.inner.list(folder))))
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from kittybuild.digest import Digest, canonical
 from kittybuild.errors import RemoteError
 from kittybuild.store.remote import names
-from kittybuild.store.remote.bucket import Bucket, Unreachable, stream, whole
+from kittybuild.store.remote.bucket import Bucket, Listed, stream, whole
+from kittybuild.store.remote.packed import OVERHEAD, packed, unpacked
 
 FORMAT = 1
-RAW, ZSTD = "raw", "zstd"
+RAW, ZSTD, GROUPED = "raw", "zstd", "zstd-grouped"
+_SUFFIXES = MappingProxyType(dict(zip((RAW, ZSTD, GROUPED), names.SUFFIXES, strict=True)))
 _LARGEST_INFO = 4096
-_LEVEL = 3
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,25 @@ class Cache:
     def blob(self, digest: Digest, nbytes: int) -> Iterator[memoryview] | None:
         """The bytes of a blob as they come, never more than `nbytes`, not verified. Raises Unreachable."""
         for form in self.forms:
-            most = nbytes if form == RAW else nbytes + nbytes // 64 + 1024
-            parts = stream(self.bucket, names.blob(digest, zstd=form == ZSTD), most)
+            most = nbytes if form == RAW else nbytes + nbytes // 64 + OVERHEAD
+            parts = stream(self.bucket, names.blob(digest, _SUFFIXES[form]), most)
             if parts is not None:
-                return parts if form == RAW else _unpacked(parts, nbytes)
+                return parts if form == RAW else unpacked(parts, nbytes, grouped=form == GROUPED)
         return None
 
-    def has(self, digest: Digest, nbytes: int) -> bool:
-        """Whether it seems to have a whole blob: an object of the right name, and of the right size if it is raw."""
+    def has(self, digest: Digest, nbytes: int) -> Listed | None:
+        """The blob, if it seems to be there whole: an object of the right name, and of the right size if it is raw."""
         for form in self.forms:
-            size = self.bucket.head(names.blob(digest, zstd=form == ZSTD))
-            if size is not None and (form == ZSTD or size == nbytes):
-                return True
-        return False
+            told = self.bucket.head(names.blob(digest, _SUFFIXES[form]))
+            if told is not None and (form != RAW or told.size == nbytes):
+                return told
+        return None
 
-    def put_blob(self, digest: Digest, data: memoryview, form: str) -> int:
-        """Put a blob, whose bytes the caller verified; how many bytes were sent."""
-        sent = data if form == RAW else _packed(data)
-        self.bucket.put(names.blob(digest, zstd=form == ZSTD), sent)
+    def put_blob(self, digest: Digest, data: memoryview, form: str, element: int = 1) -> int:
+        """Put a blob, raw or grouped, whose bytes the caller verified; how many bytes were sent. `element`: the size of
+        one of its elements."""
+        sent = data if form == RAW else packed(data, element)
+        self.bucket.put(names.blob(digest, _SUFFIXES[form]), sent)
         return len(sent)
 
     def claim(self, kind: str, about: str, signer: str, most: int) -> bytes | None:
@@ -83,48 +85,10 @@ def _told(bucket: Bucket) -> tuple[str, ...] | None:
     except (ValueError, RecursionError):
         return None
     try:
-        known, forms = form["kittybuild.cache"], tuple(form["blobs"])
+        sound = form["kittybuild.cache"] == FORMAT and bool(form["blobs"]) and set(form["blobs"]) <= set(_SUFFIXES)
     except (TypeError, KeyError):
-        known, forms = None, ()
-    if known != FORMAT or not forms or not set(forms) <= {RAW, ZSTD} or len(forms) > 2:
+        sound = False
+    if not sound:
         message = f"not a cache of format {FORMAT}: {names.INFO} says otherwise"
         raise RemoteError("KB807", message, at=bucket.where, hint="use a newer kittybuild, or another cache")
-    return forms
-
-
-def _packed(data: memoryview) -> memoryview:
-    import zstandard
-
-    return memoryview(zstandard.ZstdCompressor(level=_LEVEL).compress(data))
-
-
-def _unpacked(parts: Iterator[memoryview], nbytes: int) -> Iterator[memoryview]:
-    """The bytes behind a zstd frame, in bounded pieces; what would be too many is cut."""
-    import zstandard
-
-    # A window larger than the contents is only asked for by those who want our memory.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-    left = nbytes
-    try:
-        reader = decompressor.stream_reader(_File(parts))  # type: ignore[arg-type]  # it only reads
-        while piece := reader.read(min(_CHUNK, left + 1)):
-            left -= len(piece)
-            if left < 0:
-                raise Unreachable("a compressed blob holds more than it should")
-            yield memoryview(piece)
-    except zstandard.ZstdError as error:
-        raise Unreachable(f"a compressed blob is damaged: {error}") from error
-
-
-class _File:
-    """Parts as a file to read from."""
-
-    def __init__(self, parts: Iterator[memoryview]) -> None:
-        self._parts, self._rest = parts, memoryview(b"")
-
-    def read(self, size: int) -> bytes:
-        """At most `size` bytes; none at the end."""
-        if not self._rest:
-            self._rest = next(self._parts, memoryview(b""))
-        piece, self._rest = self._rest[:size], self._rest[size:]
-        return bytes(piece)
+    return tuple(dict.fromkeys(form["blobs"]))

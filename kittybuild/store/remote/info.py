@@ -28,11 +28,11 @@ class CacheInfo:
 def cache_info(bucket: Bucket) -> CacheInfo:
     """Count what is in a cache. Raises RemoteError KB802."""
     try:
-        sizes = [size for _, size in bucket.list(names.CAS)]
+        sizes = [blob.size for blob in bucket.list(names.CAS)]
         signers: Counter[str] = Counter()
         claims = {}
         for kind in names.KINDS:
-            listed = [name for name, _ in bucket.list(kind)]
+            listed = [claim.name for claim in bucket.list(kind)]
             claims[kind] = len(listed)
             signers.update(name.rpartition("/")[2].removesuffix(".json") for name in listed)
     except Unreachable as error:

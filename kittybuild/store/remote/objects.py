@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from kittybuild.errors import RemoteError, nearest
-from kittybuild.store.remote.bucket import WINDOW, Bucket, Piece, Retried, Unreachable
+from kittybuild.store.remote.bucket import WINDOW, Bucket, Listed, Piece, Retried, Unreachable
 
 if TYPE_CHECKING:
-    from obstore import GetResult
+    from obstore import GetResult, ObjectMeta
     from obstore.store import ObjectStore
 
 SCHEMES = ("file", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https")
@@ -52,10 +52,12 @@ class Objects:
             except FileNotFoundError:
                 return None
             except BaseError as error:
-                if _NO_RANGES not in str(error):
-                    raise
-                self._ranges = False
-                return self._passing(name, start, length)
+                if _NO_RANGES in str(error):
+                    self._ranges = False
+                    return self._passing(name, start, length)
+                if start == 0 and obstore.head(self._store, name)["size"] == 0:  # which has no range
+                    return Piece(memoryview(b""), 0)
+                raise
         if len(data) != min(length, total - start):
             raise Unreachable(f"{name}: the answer ends too early")
         return Piece(data, total)
@@ -90,17 +92,17 @@ class Objects:
 
         return isinstance(self._store, HTTPStore)
 
-    def head(self, name: str) -> int | None:
+    def head(self, name: str) -> Listed | None:
         """See Bucket."""
         import obstore
 
         with _told(self.where):
             try:
-                return int(obstore.head(self._store, name)["size"])
+                return _listed(name, obstore.head(self._store, name))
             except FileNotFoundError:
                 return None
 
-    def list(self, folder: str) -> Iterator[tuple[str, int]]:
+    def list(self, folder: str) -> Iterator[Listed]:
         """See Bucket."""
         import obstore
 
@@ -111,11 +113,11 @@ class Objects:
                     return
                 for some in obstore.list(self._store, folder):
                     for each in some:
-                        yield str(each["path"]), int(each["size"])
+                        yield _listed(str(each["path"]), each)
             except FileNotFoundError:
                 return
 
-    def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
+    def _walk(self, folder: str) -> Iterator[Listed]:
         """The same folder by folder: WebDAV servers forbid to list all at once. Their names begin with the URL's path,
         and a folder is listed in itself."""
         import obstore
@@ -123,7 +125,7 @@ class Objects:
         base = urlsplit(self.where).path.strip("/") + "/"
         found = obstore.list_with_delimiter(self._store, folder)
         for each in found["objects"]:
-            yield str(each["path"]).removeprefix(base), int(each["size"])
+            yield _listed(str(each["path"]).removeprefix(base), each)
         for inner in found["common_prefixes"]:
             if (name := str(inner).removeprefix(base)).startswith(f"{folder}/"):
                 yield from self._walk(name)
@@ -137,6 +139,10 @@ class Objects:
                 obstore.delete(self._store, name)
             except FileNotFoundError:
                 return
+
+
+def _listed(name: str, meta: ObjectMeta) -> Listed:
+    return Listed(name, int(meta["size"]), meta["last_modified"].timestamp())
 
 
 class _Answer:

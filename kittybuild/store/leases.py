@@ -1,7 +1,7 @@
-"""Claims: who makes a derivation just now, so that no two processes make the same at once.
+"""Leases: who makes a derivation just now, so that no two processes make the same at once.
 
-A claim is a lock on one byte of a file, at a place that follows from what is claimed; the kernel frees it when its
-holder dies. Claims save work and guard nothing: two that meet in one byte wait for each other once.
+A lease is a lock on one byte of a file, at a place that follows from what is made; the kernel frees it when its
+holder dies. Leases save work and guard nothing: two that meet in one byte wait for each other once.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _SET = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
 _FORM = "hhqqi4x"  # struct flock of Linux: kind, whence, start, length, process
 
 
-class Claims:
-    """The claims of one open store. Thread-safe; a thread that holds one must not wait for another."""
+class Leases:
+    """The leases of one open store. Thread-safe; a thread that holds one must not wait for another."""
 
     def __init__(self, disk: Disk, paths: Layout) -> None:
-        self._disk, self._path = disk, paths.lock("claims")
+        self._disk, self._path = disk, paths.lock("leases")
         self._fd: int | None = None
         self._held: set[int] = set()
         self._state = threading.Lock()
 
     def take(self, what: Digest, patience: float = 0.0) -> bool:
-        """Claim it; False if another thread or process has it for longer than we wait."""
+        """Take it; False if another thread or process has it for longer than we wait."""
         place, deadline = int(what.hex[:15], 16), time.monotonic() + patience
         while not self._try(place):
             if time.monotonic() >= deadline:
