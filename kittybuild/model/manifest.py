@@ -80,7 +80,7 @@ class Manifest:
                 tuple(ManifestFile(name, Digest(digest), size) for name, digest, size in form["files"]),
                 tuple(sorted((name, int(count)) for name, count in form.get("nonfinite", {}).items())),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
 
     @property
