@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,10 +136,17 @@ def run_peer(
     environment: str, chosen: Iterable[Case], folder: Path, seed: int, cpu: Mapping[str, str] | None = None
 ) -> list[str | None]:
     """The peer's errors, case by case; what it makes lies in `theirs/`."""
-    orders = [json.dumps({"config": case.config, "out": f"theirs/{case.key}"}) for case in chosen]
+    orders = [(case.config, f"theirs/{case.key}") for case in chosen]
+    return driven(environment, orders, folder, {"PYTHONHASHSEED": str(seed), **(cpu or {})})
+
+
+def driven(
+    environment: str, orders: Iterable[tuple[Mapping[str, Any], str]], folder: Path, environ: Mapping[str, str]
+) -> list[str | None]:
+    """The peer's errors for configurations, each with the folder that its output goes to: all in one process."""
+    text = "\n".join(json.dumps({"config": config, "out": out}) for config, out in orders)
     answers = folder / "answers.jsonl"
-    environ = {"PYTHONHASHSEED": str(seed), **(cpu or {})}
-    call([f"{environment}/bin/python", "-W", "ignore", str(DRIVE), str(answers)], folder, environ, "\n".join(orders))
+    call([f"{environment}/bin/python", "-W", "ignore", str(DRIVE), str(answers)], folder, environ, text)
     return [json.loads(line)["error"] for line in answers.read_text(encoding="utf-8").splitlines()]
 
 

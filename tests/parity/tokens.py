@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from kittybuild.model.recipe import ModelRef
@@ -32,7 +31,8 @@ from kittybuild.tokens.reading import read_vocabulary
 from tests.helpers import llama_config, llama_shapes, load_tensors, noise, write_model
 from tests.jobs import make
 from tests.parity.command import parser_beside
-from tests.parity.parity import call, places
+from tests.parity.exact import driven
+from tests.parity.parity import places
 from tests.tokenizers import Files, byte_fallback, byte_level, files_of, read_files, write_files
 from tests.vocabularies import PAIRS, tokenizer_of
 
@@ -149,8 +149,12 @@ def run(case: Case, folder: Path, environment: str) -> tuple[int, list[str]]:
     base = ModelRef(case.base) if case.base else None
     ours = carry_out(case.request, vocabularies, files, base, fillers=False)
     problems = []
-    for chosen in case.models:
-        theirs = merged(case, chosen, folder, environment)
+    orders = [(configuration(case, chosen), f"out-{chosen}") for chosen in case.models]
+    for chosen, error in zip(case.models, driven(environment, orders, folder, {"PYTHONHASHSEED": "0"}), strict=True):
+        if error:
+            problems.append(f"{chosen}: mergekit fails: {error}")
+            continue
+        theirs = folder / f"out-{chosen}"
         count = json.loads((theirs / "config.json").read_text())["vocab_size"]
         if count != ours.rows:
             problems.append(f"{chosen}: {ours.rows} rows, {count} in mergekit")
@@ -184,15 +188,11 @@ def write_models(case: Case, folder: Path) -> dict[str, int]:
     return rows
 
 
-def merged(case: Case, chosen: str, folder: Path, environment: str) -> Path:
-    """mergekit's output that shows the table of the model `chosen`."""
+def configuration(case: Case, chosen: str) -> dict[str, Any]:
+    """mergekit's words for an output that shows the table of the model `chosen`."""
     models = [{"model": name, "parameters": {"weight": float(name == chosen)}} for name in case.models]
     config: dict[str, Any] = {"merge_method": "linear", "models": models, "dtype": case.dtype}
-    config |= {"tokenizer": dict(case.tokenizer), **({"base_model": case.base} if case.base else {})}
-    path = folder / f"{chosen}.yml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    call([f"{environment}/bin/mergekit-yaml", path.name, f"out-{chosen}", "--no-write-model-card", "--quiet"], folder)
-    return folder / f"out-{chosen}"
+    return config | {"tokenizer": dict(case.tokenizer), **({"base_model": case.base} if case.base else {})}
 
 
 def aligned(ours: Outcome, chosen: str, name: str, folder: Path) -> Tensor:
