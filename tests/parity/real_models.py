@@ -62,7 +62,8 @@ def _compared(model: str, paths: tuple[Path, Path], folder: Path, environment: s
     try:
         call([f"{environment}/bin/mergekit-{'pytorch' if raw else 'yaml'}", config.name, str(theirs)], folder)
     except SystemExit as error:
-        return ("", "", "", f"mergekit fails: {str(error).strip().splitlines()[-1]}"), True
+        last = str(error).strip().splitlines()[-1].replace(f"{folder}/", "")
+        return ("", "", "", f"mergekit fails: {last}"), True
     stage = {"kind": "state_dict", **form} if raw else form
     recipe = write_recipe(folder, {"kittybuild": 1, "stages": {"merge": stage}}, f"{model}-ours.yml")
     command = [sys.executable, "-m", "kittybuild", "build", recipe, "-o", str(ours)]
