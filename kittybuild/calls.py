@@ -25,14 +25,15 @@ def default_store() -> str:
     return os.path.join(os.path.expanduser("~"), ".cache", "kittybuild", "store")
 
 
-def read(recipe: RecipeLike, numerics: str | None = None) -> Recipe:
+def read(recipe: RecipeLike, numerics: str | None = None, offline: bool = False) -> Recipe:
     """A recipe from its file, or from plain data (relative paths then count from the working folder).
 
     Raises RecipeError or Problems.
     """
     if isinstance(recipe, Mapping):
-        return api.recipe_of(yaml.safe_dump(dict(recipe), sort_keys=False), "python.recipe", BUILTIN, numerics)
-    return api.read_recipe(os.fspath(recipe), BUILTIN, numerics)
+        text = yaml.safe_dump(dict(recipe), sort_keys=False)
+        return api.recipe_of(text, "python.recipe", BUILTIN, numerics, offline)
+    return api.read_recipe(os.fspath(recipe), BUILTIN, numerics, offline)
 
 
 def build(
@@ -51,7 +52,7 @@ def build(
     `output`: the folder of the one wanted stage, in place of the recipe's. `memory` is in bytes. Raises a
     KittybuildError; what was finished is kept.
     """
-    prepared = api.prepare(read(recipe, numerics), stages, output, offline=offline)
+    prepared = api.prepare(read(recipe, numerics, offline), stages, output, offline=offline)
     with Store.open(store or default_store()) as opened:
         return api.build(prepared, opened, memory=memory, jobs=jobs)
 
@@ -69,7 +70,7 @@ def plan(
     """What `build` would compute, link, read and write, from headers alone. Makes no store."""
     from kittybuild.planner.estimate import estimate
 
-    prepared = api.prepare(read(recipe, numerics), stages, offline=offline)
+    prepared = api.prepare(read(recipe, numerics, offline), stages, offline=offline)
     folder = store or default_store()
     with Store.open(folder) if Store.exists(folder) else nullcontext() as opened:
         return estimate(api.plan(prepared, opened), BUILTIN, memory=memory, jobs=jobs)

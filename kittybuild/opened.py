@@ -141,7 +141,7 @@ def layer_counts(
     """
     uses = [{"model": model} for model in models]
     text = recipe_of({"all": {"merge_method": "linear", "models": uses, "parameters": {"weight": 1}}}, {})
-    recipe = api.recipe_of(text, file, builders)
+    recipe = api.recipe_of(text, file, builders, offline=offline)
     prepared = api.prepare(recipe, ("all",), builders=builders, offline=offline)
     sources = open_all(prepared.paths, prepared.pins, prepared.web)
     counts = {}

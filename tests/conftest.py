@@ -14,6 +14,8 @@ import pytest
 
 # Most tests build small models: worker processes, which import torch anew each time, are for the tests that say so.
 os.environ.setdefault("KITTYBUILD_WORKERS", "threads")
+# No test needs the network: who asks for the Hub without a server of its own is told that there is no connection.
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
 
 # Derandomized: a red run is red again. No deadline: the first example of a test pays for the imports.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)

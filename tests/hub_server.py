@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secretsecretsecretsecret"
@@ -44,6 +45,7 @@ class Hub:
     # of bytes after which the connection is cut; None to answer as it is.
     fault: Callable[[Request, bytes], int | bytes | tuple[str, int] | None] | None = None
     sizes: dict[str, int] = field(default_factory=dict)  # lies of the API, by file
+    ranges: Literal["sent", "moved", "ignored"] = "sent"  # moved: other bytes come, and the answer says so
     sent: int = 0
     uploaded: dict[str, bytes] = field(default_factory=dict)  # large files that came, by their SHA-256
     url: str = ""
@@ -244,9 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, data: bytes, headers: dict[str, str]) -> None:
         wanted, status = self._request.range, 200
         size = len(data)
-        if wanted:
+        if wanted and self.hub.ranges != "ignored":
             start, _, stop = wanted.removeprefix("bytes=").partition("-")
-            first, last = int(start), min(int(stop or size), size - 1)
+            first, last = int(start) + (self.hub.ranges == "moved"), min(int(stop or size), size - 1)
             if first >= size:
                 self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
                 return

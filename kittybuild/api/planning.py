@@ -27,7 +27,8 @@ def plan(prepared: Prepared, store: Store | None, builders: Builders = BUILTIN, 
     try:
         sources = open_all(prepared.paths, prepared.pins, prepared.web)
     except KittybuildError as error:
-        raise_with_the_rest([error], prepared.recipe, builders)
+        pins = {**prepared.pins, **prepared.absent}
+        raise_with_the_rest([error], prepared.recipe, prepared.decls, pins, prepared.web.offline, builders)
         raise
     if prepared.absent and store is not None and offers is not None:
         sources = with_absent(sources, prepared.absent, store, offers)

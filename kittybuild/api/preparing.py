@@ -48,9 +48,9 @@ class Prepared:
     absent: Mapping[str, Pin] = field(default_factory=dict)
 
 
-def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
+def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = None, offline: bool = False) -> Recipe:
     """The recipe in a file. Raises UsageError, RecipeError or Problems; with those of the text come those that the
-    sources of its sound stages have.
+    sources of its sound stages have, for which alone the Hub is asked, unless `offline`.
 
     `numerics`: the class of arithmetic of stages that name none; left out, it is the recipe's, or for the recipe of a
     published merge the one that made it.
@@ -58,7 +58,7 @@ def read_recipe(file: str, builders: Builders = BUILTIN, numerics: str | None = 
     note = None
     if numerics is None:
         numerics, note = published_class(file, builders.classes())
-    recipe = recipe_of(recipe_text(file), file, builders, numerics)
+    recipe = recipe_of(recipe_text(file), file, builders, numerics, offline)
     return replace(recipe, notes=(note, *recipe.notes)) if note else recipe
 
 
@@ -73,26 +73,41 @@ def recipe_text(file: str) -> str:
         raise RecipeError("KB100", "the recipe is not UTF-8 text", at=file, hint="save it as UTF-8") from error
 
 
-def recipe_of(text: str, file: str, builders: Builders = BUILTIN, numerics: str | None = None) -> Recipe:
+def recipe_of(
+    text: str, file: str, builders: Builders = BUILTIN, numerics: str | None = None, offline: bool = False
+) -> Recipe:
     """The recipe that a text says. `file` need not be there: paths count from its folder, beside it is the lock.
 
-    Raises UsageError, RecipeError or Problems.
+    Raises UsageError, RecipeError or Problems, as `read_recipe` does.
     """
     classes = builders.classes()
     if numerics is not None and numerics not in classes:
         raise UsageError("KB006", f"there are no numerics {numerics!r}", hint=nearest(numerics, classes))
     recipe, problems = parse_partly(text, file, builders.catalogue(), numerics)
-    if problems:
-        raise_with_the_rest(problems, recipe, builders)
+    if problems and recipe:
+        lock: Mapping[str, Pin] = {}
+        try:
+            lock = read_lock(file)
+        except KittybuildError as error:
+            problems.append(error)
+        raise_with_the_rest(problems, recipe, source_names(recipe), lock, offline, builders)
+    raise_all(problems)
     assert recipe is not None  # without problems there is one
     return recipe
 
 
-def raise_with_the_rest(problems: list[KittybuildError], recipe: Recipe | None, builders: Builders) -> None:
-    """Raise these problems of a recipe, and all others that can be told already."""
+def raise_with_the_rest(
+    problems: list[KittybuildError],
+    recipe: Recipe,
+    decls: Mapping[str, SourceDecl],
+    lock: Mapping[str, Pin],
+    offline: bool,
+    builders: Builders,
+) -> None:
+    """Raise these problems of a recipe, and all others that can be told already. The Hub is asked once, not again."""
     from kittybuild.planner.problems import all_problems
 
-    raise_all(all_problems(problems, recipe, builders))
+    raise_all(all_problems(problems, recipe, decls, lock, Web(offline=offline, tries=1), builders))
 
 
 def prepare(
@@ -136,7 +151,7 @@ def prepare(
         _check_folders(recipe, folders, paths)
         pinned = pinned_sources(here, paths, before, web)
     except KittybuildError as error:
-        raise_with_the_rest([error], recipe, builders)
+        raise_with_the_rest([error], recipe, decls, before, offline, builders)
         raise
     depends = any(by_machine(stage, builders) for stage in recipe.stages.values())
     machine = this_machine(capability) if depends else None
@@ -154,16 +169,20 @@ class LockReport:
     changes: Mapping[str, tuple[str, ...]]
 
 
-def lock(recipe: Recipe, update: Sequence[str] = (), offline: bool = False) -> LockReport:
+def lock(recipe: Recipe, update: Sequence[str] = (), offline: bool = False, builders: Builders = BUILTIN) -> LockReport:
     """Pin the sources that the recipe's lock lacks, and anew those in `update`; pins of other sources stay.
 
-    Raises UsageError KB010 for a name that is no source, and all problems with sources at once.
+    Raises UsageError KB010 for a name that is no source; with problems of sources all others of the recipe.
     """
     decls = source_names(recipe)
     for name in update:
         _check_source(recipe, name, decls)
     before = read_lock(recipe.file)
-    after = locked(decls, locate(recipe, decls), before, update, Web(offline=offline))
+    try:
+        after = locked(decls, locate(recipe, decls), before, update, Web(offline=offline))
+    except KittybuildError as error:
+        raise_with_the_rest([error], recipe, decls, before, offline, builders)
+        raise
     changes = {
         name: differences(before.get(name), after.get(name))
         for name in dict.fromkeys((*before, *after))

@@ -83,7 +83,7 @@ def command(
 ) -> dict[str, Any]:
     """Build the outputs of RECIPE (a recipe of ours or a mergekit YAML), or the STAGEs named."""
     builders = load(files)
-    parsed = api.read_recipe(recipe, builders, numerics)
+    parsed = api.read_recipe(recipe, builders, numerics, offline)
     if not parsed.outputs and output is None and not stages:
         raise UsageError("KB004", "the recipe names no output", at=recipe, hint="add `-o FOLDER`")
     with shown() as events, Store.open(store_folder(store, recipe)) as opened:

@@ -79,7 +79,7 @@ def push(
             done = push_folder(pushing, opened, what)
         else:
             builders = load(files)
-            parsed = api.read_recipe(what, builders, numerics)
+            parsed = api.read_recipe(what, builders, numerics, offline)
             prepared = api.prepare(parsed, stages, None, builders, capability(), offline)
             done = api.push(prepared, opened, pushing, builders)
     if not as_json:
@@ -112,7 +112,7 @@ def pull(
 ) -> dict[str, Any]:
     """Bring what caches have of a recipe's outputs into the store. Computes nothing and writes no folder."""
     builders = load(files)
-    parsed = api.read_recipe(recipe, builders, numerics)
+    parsed = api.read_recipe(recipe, builders, numerics, offline)
     with shown() as events, Store.open(store_folder(store, recipe)) as opened:
         found = offers(recipe, events.note, substituters=urls, trusted=trusted, fetch=ALWAYS, quorum=quorum, audit=0.0)
         if found is None:

@@ -22,7 +22,8 @@ def command(
     recipe: str, update: tuple[str, ...], files: tuple[str, ...], offline: bool, as_json: bool
 ) -> dict[str, Any]:
     """Pin each source of RECIPE in the lock beside it: commits on the Hub, and every file's size and SHA-256."""
-    report = api.lock(api.read_recipe(recipe, load(files)), update, offline)
+    builders = load(files)
+    report = api.lock(api.read_recipe(recipe, builders, offline=offline), update, offline, builders)
     if not as_json:
         for name, lines in report.changes.items():
             click.echo(f"{name}:")

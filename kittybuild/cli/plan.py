@@ -52,7 +52,7 @@ def command(
     """Show what building RECIPE would compute, fetch, link, copy, read and write. Starts no torch."""
     builders = load(files)
     caches = offers(recipe, note, **asked)
-    parsed = api.read_recipe(recipe, builders, numerics)
+    parsed = api.read_recipe(recipe, builders, numerics, offline)
     prepared = api.prepare(parsed, stages, None, builders, capability(), offline, caches=caches is not None)
     folder = store_folder(store, recipe)
     needed = Store.exists(folder) or prepared.absent  # headers of sources that are not here must lie somewhere

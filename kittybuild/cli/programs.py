@@ -128,7 +128,7 @@ class Common:
 
     def read(self, file: str) -> Recipe:
         """The configuration in a file, as a recipe; so all that is wrong with it is told with its place."""
-        recipe = api.read_recipe(file, load(self.files), self.numerics)
+        recipe = api.read_recipe(file, load(self.files), self.numerics, self.offline)
         if recipe.dialect != "mergekit":
             raise UsageError("KB017", "this is a recipe of ours", at=file, hint=f"kittybuild build {file}")
         return recipe
@@ -145,7 +145,7 @@ class Common:
             return {"ok": True, "recipe": lowered, "notes": notes}
         builders = load(self.files)
         own = read is None or read.text != lowered
-        recipe = api.recipe_of(lowered, file, builders, self.numerics) if own else read
+        recipe = api.recipe_of(lowered, file, builders, self.numerics, self.offline) if own else read
         assert recipe is not None
         prepared = api.prepare(recipe, (), None if own else folder, builders, capability(), self.offline)
         events = nullcontext(Quiet()) if self.quiet else shown()

@@ -6,8 +6,10 @@ What has tests of its own elsewhere is named, not repeated:
 - a redirect to another host with a token: test_hub.py, TestSecrets (the token does not go there)
 - an index with `../`: test_bad_input.py, indexed_outside_its_folder; test_hub.py, test_an_index_that_leads_out (KB204)
 - a link out of the folder: test_bad_input.py, with_a_link_out_of_its_folder; test_folder.py, TestLinks (KB204)
-- overlapping and missing ranges: test_safetensors_file.py, test_every_other_header_is_refused_with_its_defect (KB202)
-- any pickle: test_pickled_hostile.py (KB221); its plan: test_formats.py, test_a_plan_of_pickled_sources_runs_nothing
+- overlapping and missing ranges: test_safetensors_file.py, test_every_other_header_is_refused_with_its_defect (KB202);
+  ranges that a server moves: test_hub.py, test_a_server_that_sends_other_bytes_than_it_is_asked_for (KB257)
+- any pickle: test_pickled_hostile.py (KB221); of the Hub: test_hub.py, test_a_pickle_that_calls_is_not_run;
+  its plan: test_formats.py, test_a_plan_of_pickled_sources_runs_nothing
 - a tokenizer.json with a million merges: test_tokens_reading.py, test_a_million_merges_are_read_in_a_moment
 - two real models of different families: test_real_models.py (KB302)
 

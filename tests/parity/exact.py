@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from torch import Tensor
 from kittybuild import __version__
 from kittybuild.planner.machine import this_machine
 from tests.helpers import load_tensors
+from tests.parity.command import environment_at, parser_of
 from tests.parity.exact_cases import OUT_OF_REACH, PEERS, Case, cases, real_cases, write_pico
 from tests.parity.ours import recipe_of
 from tests.parity.peer_digests import ALIKE, CPUS, digest, shown_only
@@ -55,37 +57,33 @@ class Outcome:
 
 def main() -> int:
     """Run all cases, print the table, return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--peer", action="append", default=[], metavar="NUMERICS=DIR", help="a peer's environment")
-    parser.add_argument("--only", default="", help="only the cases with this in their name")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="hash seeds to try")
     parser.add_argument("--models", choices=("pico", "real"), action="append", help="only these; real ones are rxnfp's")
-    parser.add_argument("--write", help="write the table to this file, too")
     parser.add_argument("--golden", help="write the peers' digests into this folder")
     parser.add_argument("--lesser", action="store_true", help="with --golden: also as lesser CPUs make them (slow)")
     arguments = parser.parse_args()
-    environments = {
-        name: str(Path(place).absolute()) for name, place in (text.split("=", 1) for text in arguments.peer)
-    }
+    environments = {name: environment_at(place) for name, place in (text.split("=", 1) for text in arguments.peer)}
     if unknown := environments.keys() - set(PEERS):
         parser.error(f"no such class: {', '.join(unknown)}")
     text, failed = [], 0
-    for numerics, environment in environments.items():
-        versions = versions_of(environment)
+    for numerics, place in environments.items():
+        versions = versions_of(place)
         name = numerics.partition("-")[0]
         if versions.get(name) != PINNED[numerics]:
-            parser.error(f"{environment} has {name} {versions.get(name)}, not {PINNED[numerics]}")
+            parser.error(f"{place} has {name} {versions.get(name)}, not {PINNED[numerics]}")
         with tempfile.TemporaryDirectory() as folder:
-            outcomes = compare(numerics, environment, Path(folder), arguments)
+            outcomes = compare(numerics, place, Path(folder), arguments)
             if arguments.golden and arguments.lesser:
-                record(numerics, environment, Path(folder), outcomes)
+                record(numerics, place, Path(folder), outcomes)
             if arguments.golden:
                 write_golden(Path(arguments.golden) / f"{numerics}.json", outcomes, versions)
         failed += sum(bool(outcome.problems) for outcome in outcomes)
         text.append(table(numerics, outcomes, versions))
         print(text[-1], flush=True)
     if arguments.write:
-        Path(arguments.write).write_text("\n".join([heading(), *text]), encoding="utf-8")
+        arguments.write.write_text("\n".join([heading(), *text]), encoding="utf-8")
     return 1 if failed else 0
 
 
@@ -109,7 +107,7 @@ def compare(numerics: str, environment: str, folder: Path, arguments: argparse.N
     groups = {"pico": (write_pico, cases(numerics)), "real": (write_real, real_cases(numerics))}
     outcomes = []
     for models, (write, found) in groups.items():
-        chosen = [Outcome(case, models) for case in found if arguments.only in case.key]
+        chosen = [Outcome(case, models) for case in found if arguments.only.search(case.key)]
         if not chosen or models not in (arguments.models or groups):
             continue
         write(folder / models)
@@ -138,10 +136,17 @@ def run_peer(
     environment: str, chosen: Iterable[Case], folder: Path, seed: int, cpu: Mapping[str, str] | None = None
 ) -> list[str | None]:
     """The peer's errors, case by case; what it makes lies in `theirs/`."""
-    orders = [json.dumps({"config": case.config, "out": f"theirs/{case.key}"}) for case in chosen]
+    orders = [(case.config, f"theirs/{case.key}") for case in chosen]
+    return driven(environment, orders, folder, {"PYTHONHASHSEED": str(seed), **(cpu or {})})
+
+
+def driven(
+    environment: str, orders: Iterable[tuple[Mapping[str, Any], str]], folder: Path, environ: Mapping[str, str]
+) -> list[str | None]:
+    """The peer's errors for configurations, each with the folder that its output goes to: all in one process."""
+    text = "\n".join(json.dumps({"config": config, "out": out}) for config, out in orders)
     answers = folder / "answers.jsonl"
-    environ = {"PYTHONHASHSEED": str(seed), **(cpu or {})}
-    call([f"{environment}/bin/python", "-W", "ignore", str(DRIVE), str(answers)], folder, environ, "\n".join(orders))
+    call([f"{environment}/bin/python", "-W", "ignore", str(DRIVE), str(answers)], folder, environ, text)
     return [json.loads(line)["error"] for line in answers.read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,25 +1,35 @@
 """Routers of mixtures beside mergekit-moe's: the largest difference of a row's element, for each family and gate mode.
 
-`python -m tests.parity.moe PEER [TABLE.md]`: PEER is the program mergekit-moe of 0.1.5, in an environment of its own.
+python -m tests.parity.moe --mergekit ENVIRONMENT [--write FILE]
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.building import build
 from tests.helpers import load_tensors, write_json, write_recipe
 from tests.mixtures import mixture, pico
+from tests.parity.command import parser_beside
 
 MODES = ("hidden", "hidden_avg", "cheap_embed")
 FAMILIES = (("mixtral", "llama", 0), ("deepseek", "llama", 1), ("qwen moe", "qwen2", 1), ("qwen3 moe", "qwen3", 0))
 BOUND = 1e-5
-
-
+HEAD = (
+    "# Mixtures of experts beside mergekit-moe 0.1.5",
+    "",
+    "Pico models in float32, two experts, prompts of unequal lengths, negative prompts; made by",
+    "`python -m tests.parity.moe`. A difference is the largest of any element of any router's row (rows are of",
+    "length 1); all other tensors, counted in the last column, are the same bits.",
+    "",
+    "| family | base | gate mode | difference | equal tensors |",
+    "|---|---|---|---|---|",
+)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -69,29 +79,28 @@ def difference(peer: str, folder: Path, family: str, model_type: str, shared: in
     return max(float((made[name] - theirs[name]).abs().max()) for name in routers), len(theirs) - len(routers)
 
 
-def table(peer: str) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# Mixtures of experts beside mergekit-moe 0.1.5",
-        "",
-        "Pico models in float32, two experts, prompts of unequal lengths, negative prompts; made by",
-        "`python -m tests.parity.moe`. A difference is the largest of any element of any router's row (rows are of",
-        "length 1); all other tensors, counted in the last column, are the same bits.",
-        "",
-        "| family | base | gate mode | difference | equal tensors |",
-        "|---|---|---|---|---|",
-    ]
+def lines(peer: str, only: re.Pattern[str]) -> Iterator[str]:
+    """A row of the table for each case. Raises AssertionError where a case is not as it should be."""
     for family, model_type, shared in FAMILIES:
         for mode in MODES:
+            if not only.search(f"{family}, {mode}"):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 found, equal = difference(peer, Path(folder), family, model_type, shared, mode)
             assert found < BOUND, (family, mode, found)
-            lines.append(f"| {family} | {model_type} | {mode} | {found:.1e} | {equal} |")
-    return "\n".join(lines) + "\n"
+            yield f"| {family} | {model_type} | {mode} | {found:.1e} | {equal} |"
+
+
+def main() -> None:
+    """Run all cases, and print a line for each."""
+    arguments = parser_beside(__doc__).parse_args()
+    table = list(HEAD)
+    for line in lines(f"{arguments.mergekit}/bin/mergekit-moe", arguments.only):
+        print(line, flush=True)
+        table.append(line)
+    if arguments.write:
+        arguments.write.write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    text = table(sys.argv[1])
-    print(text)
-    if len(sys.argv) > 2:
-        Path(sys.argv[2]).write_text(text, encoding="utf-8")
+    main()

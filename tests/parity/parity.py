@@ -17,7 +17,6 @@ mergekit is run as a program in an environment of its own. What counts as equal:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -35,6 +34,7 @@ from torch import Tensor
 from kittybuild import __version__
 from tests.helpers import load_tensors
 from tests.parity.cases import LAYERS, Case, cases, write_models
+from tests.parity.command import parser_beside
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,12 +55,8 @@ class Result:
 
 def main() -> int:
     """Run all cases, print the table, return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    known = os.environ.get("KITTYBUILD_MERGEKIT", str(ROOT / ".venv-mergekit-0.1.5"))
-    parser.add_argument("--mergekit", default=known, help="the environment with mergekit==0.1.5 (KITTYBUILD_MERGEKIT)")
+    parser = parser_beside(__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="cases side by side")
-    parser.add_argument("--only", default="", help="only the cases with this in their name")
-    parser.add_argument("--write", help="write the table to this file, too")
     arguments = parser.parse_args()
     versions = theirs(arguments.mergekit)
     if versions.get("mergekit") != "0.1.5":
@@ -70,13 +66,13 @@ def main() -> int:
         for dtype in ("bfloat16", "float32"):
             models = Path(folder) / dtype
             write_models(models, dtype)
-            chosen = [case for case in cases(dtype) if arguments.only in case.name]
+            chosen = [case for case in cases(dtype) if arguments.only.search(case.name)]
             work += [pool.submit(run, case, dtype, models, i, arguments.mergekit) for i, case in enumerate(chosen)]
         results = [done.result() for done in work]
     text = table(results, versions)
     print(text, end="")
     if arguments.write:
-        Path(arguments.write).write_text(text, encoding="utf-8")
+        arguments.write.write_text(text, encoding="utf-8")
     return 1 if any(result.problems for result in results) else 0
 
 

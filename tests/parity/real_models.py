@@ -1,12 +1,13 @@
 """Merges checkpoints that packages ship with kittybuild and with mergekit 0.1.5, where that can load them.
 
-`python -m tests.parity.real_models --mergekit ENVIRONMENT`: one line a model, with the largest difference of an element
-by the largest element of its tensor. Float32 may differ by 1e-6, float16 by its last place.
+    python -m tests.parity.real_models --mergekit ENVIRONMENT [--write FILE]
+
+One line a model, with the largest difference of an element by the largest element of its tensor. Float32 may differ by
+1e-6, float16 by its last place.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -17,37 +18,57 @@ from torch import Tensor
 
 from tests.e2e.test_real_models import mgm, package_folder, sceptr, sibling
 from tests.helpers import load_tensors, write_recipe
+from tests.parity.command import parser_beside
 from tests.parity.parity import call
 from tests.whisper import write_whisper
 
 WEIGHTS = (0.25, 0.75)
+HEAD = (
+    "# Models of packages, merged by kittybuild and by mergekit 0.1.5",
+    "",
+    "Written by `python -m tests.parity.real_models`: linear merges of two whole models. A difference is the largest",
+    "of an element, by the largest element of its tensor.",
+    "",
+    "| model | tensors of one name | largest difference | other names | verdict |",
+    "|---|---|---|---|---|",
+)
 
 
 def main() -> int:
     """Run all, print a line for each, return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--mergekit", required=True, help="the environment with mergekit==0.1.5")
-    environment, failed = parser.parse_args().mergekit, False
+    arguments = parser_beside(__doc__).parse_args()
+    lines, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, paths in _models(folder).items():
-            raw = model == "sceptr"
-            given = [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(paths, WEIGHTS, strict=True)]
-            form = {"merge_method": "linear", "models": given}
-            config = folder / f"{model}.yml"
-            config.write_text(yaml.safe_dump(form), encoding="utf-8")
-            theirs, ours = folder / f"{model}-theirs", folder / f"{model}-ours"
-            try:
-                call([f"{environment}/bin/mergekit-{'pytorch' if raw else 'yaml'}", config.name, str(theirs)], folder)
-            except SystemExit as error:
-                print(f"{model}: mergekit fails: {str(error).strip().splitlines()[-1]}", flush=True)
-                continue
-            stage = {"kind": "state_dict", **form} if raw else form
-            recipe = write_recipe(folder, {"kittybuild": 1, "stages": {"merge": stage}}, f"{model}-ours.yml")
-            command = [sys.executable, "-m", "kittybuild", "build", recipe, "-o", str(ours)]
-            call([*command, "--store", str(folder / "store")], folder)
-            failed |= not _close(model, load_tensors(ours), load_tensors(theirs))
+            if arguments.only.search(model):
+                cells, fine = _compared(model, paths, folder, arguments.mergekit)
+                failed |= not fine
+                lines.append(f"| {' | '.join((model, *cells))} |")
+                print(lines[-1], flush=True)
+    if arguments.write:
+        arguments.write.write_text("\n".join([*HEAD, *lines]) + "\n", encoding="utf-8")
     return int(failed)
+
+
+def _compared(model: str, paths: tuple[Path, Path], folder: Path, environment: str) -> tuple[tuple[str, ...], bool]:
+    """The cells of a model, and whether the outputs are as near as they should be; so they are where mergekit fails."""
+    raw = model == "sceptr"
+    given = [{"model": str(path), "parameters": {"weight": w}} for path, w in zip(paths, WEIGHTS, strict=True)]
+    form = {"merge_method": "linear", "models": given}
+    config = folder / f"{model}.yml"
+    config.write_text(yaml.safe_dump(form), encoding="utf-8")
+    theirs, ours = folder / f"{model}-theirs", folder / f"{model}-ours"
+    try:
+        call([f"{environment}/bin/mergekit-{'pytorch' if raw else 'yaml'}", config.name, str(theirs)], folder)
+    except SystemExit as error:
+        last = str(error).strip().splitlines()[-1].replace(f"{folder}/", "")
+        return ("", "", "", f"mergekit fails: {last}"), True
+    stage = {"kind": "state_dict", **form} if raw else form
+    recipe = write_recipe(folder, {"kittybuild": 1, "stages": {"merge": stage}}, f"{model}-ours.yml")
+    command = [sys.executable, "-m", "kittybuild", "build", recipe, "-o", str(ours)]
+    call([*command, "--store", str(folder / "store")], folder)
+    return _apart(load_tensors(ours), load_tensors(theirs))
 
 
 def _models(folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -66,18 +87,17 @@ def _models(folder: Path) -> dict[str, tuple[Path, Path]]:
     return found
 
 
-def _close(model: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[tuple[str, ...], bool]:
     shared = ours.keys() & theirs.keys()
-    differences = {
-        name: float((ours[name].double() - theirs[name].double()).abs().max() / ours[name].double().abs().max())
+    largest = max(
+        float((ours[name].double() - theirs[name].double()).abs().max() / ours[name].double().abs().max())
         for name in shared
         if ours[name].is_floating_point()
-    }
-    odd = sorted(ours.keys() ^ theirs.keys())
-    largest = max(differences.values())
+    )
+    odd = ", ".join(f"`{name}`" for name in sorted(ours.keys() ^ theirs.keys()))
     half = any(tensor.dtype is torch.float16 for tensor in ours.values())
-    print(f"{model}: {len(shared)} tensors of one name, largest difference {largest:.3g}; others: {odd}", flush=True)
-    return largest <= (2**-10 if half else 1e-6)
+    fine = largest <= (2**-10 if half else 1e-6)
+    return (str(len(shared)), f"{largest:.1e}", odd, "ok" if fine else "FAIL"), fine
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """`kittybuild reproduce` on folders that mergekit 0.1.5 writes of rxnfp's real models: a table of what came out.
 
-python -m tests.parity.reproduce --mergekit .venv-mergekit-0.1.5 --write tests/parity/REPRODUCE.md
+python -m tests.parity.reproduce --mergekit ENVIRONMENT [--write FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from tests.helpers import load_tensors, run_cli, save_tensors
+from tests.parity.command import parser_beside
 from tests.parity.real import write_real
 
 RECIPES = {
@@ -48,7 +49,7 @@ UNKNOWN = "cls.predictions.transform."  # mergekit's BERT does not name them: it
 EDITED = "bert.encoder.layer.3.attention.self.query.weight"
 
 
-def published(mergekit: Path, place: Path) -> Iterator[tuple[str, Path]]:
+def published(mergekit: str, place: Path, only: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
     """What mergekit makes of each recipe in each dtype, one thread, in shards, so that its index says the version."""
     write_real(place / "models")
     for file in (place / "models").glob("*/model.safetensors"):
@@ -57,9 +58,11 @@ def published(mergekit: Path, place: Path) -> Iterator[tuple[str, Path]]:
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name, text in RECIPES.items():
         for dtype in DTYPES:
+            if not only.search(f"{name}, {dtype}"):
+                continue
             recipe, out = place / f"{name}-{dtype}.yml", place / f"{name}-{dtype}"
             recipe.write_text(f"{textwrap.dedent(text)}dtype: {dtype}\n", encoding="utf-8")
-            command = [str(mergekit / "bin/mergekit-yaml"), str(recipe), str(out), "--no-copy-tokenizer"]
+            command = [f"{mergekit}/bin/mergekit-yaml", str(recipe), str(out), "--no-copy-tokenizer"]
             subprocess.run(
                 [*command, "--out-shard-size", "10M"], cwd=place, env=environ, check=True, capture_output=True
             )
@@ -102,15 +105,11 @@ def row(name: str, folder: Path) -> tuple[str, bool]:
 
 def main() -> int:
     """Print the table, or write it; the exit status is 1 if a line is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mergekit", type=Path, required=True, help="an environment with mergekit 0.1.5")
-    parser.add_argument("--write", type=Path, help="the file for the table")
-    options = parser.parse_args()
+    options = parser_beside(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as place:
         here = os.getcwd()
-        mergekit = options.mergekit.absolute()
         os.chdir(place)
-        rows = [row(name, folder) for name, folder in published(mergekit, Path(place))]
+        rows = [row(name, folder) for name, folder in published(options.mergekit, Path(place), options.only)]
         os.chdir(here)
     text = (
         "# Published merges, built again\n\n"

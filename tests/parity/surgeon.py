@@ -12,7 +12,6 @@ another sign, such as `Ċ` for `<0x0A>`, which it does not know.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ import torch
 from kittybuild.tokens.matching import Meanings, byte_letters
 from kittybuild.tokens.vocabulary import Vocabulary
 from tests.helpers import load_tensors, run_cli, save_tensors, write_recipe
+from tests.parity.command import parser_beside
 from tests.parity.parity import call
 from tests.surgery import EMBEDDING, HEAD, tokenizers, write
 
@@ -125,15 +125,11 @@ def compared_rows(case: Case, donor: Vocabulary) -> list[int]:
 
 def main() -> int:
     """Run all cases, print a line each, return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--mergekit", required=True, help="the environment with mergekit==0.1.5")
-    parser.add_argument("--only", default="", help="only the cases with this among their options")
-    parser.add_argument("--write", type=Path, help="write the table to this file, too")
-    arguments = parser.parse_args()
+    arguments = parser_beside(__doc__).parse_args()
     lines, failed = [], False
     for case in cases():
         options = ", ".join(f"{key} {value}" for key, value in case.options.items())
-        if arguments.only not in options:
+        if not arguments.only.search(options):
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows, worst, problem = run(case, Path(folder), arguments.mergekit)

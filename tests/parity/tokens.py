@@ -1,6 +1,6 @@
 """Aligns the tables of pico models by their tokenizers, with kittybuild and with mergekit 0.1.5, and compares each row.
 
-    python -m tests.parity.tokens --mergekit ENVIRONMENT [--real FOLDER] [--write FILE]
+    python -m tests.parity.tokens --mergekit ENVIRONMENT [--write FILE]
 
 mergekit's ids of a union depend on the order of a hash map: rows are compared by their tokens. A linear merge with
 weight 1 for one model and 0 for the others shows the table of that model. What counts as equal:
@@ -8,24 +8,20 @@ weight 1 for one model and 0 for the others shows the table of that model. What 
 - both vocabularies have the same tokens, and config.json the number of rows (mergekit drops fillers: so do we, here);
 - rows that are copied, zero, or (float32) averaged: every bit; averages in bfloat16: the same or the neighbouring
   number; rows that round up: within 2**-8 of the size of a row, since mergekit adds in the dtype of the tables.
-
-`--real`: a folder of folders with real tokenizers, each pair of which is compared too; may be given again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from kittybuild.model.recipe import ModelRef
@@ -34,33 +30,42 @@ from kittybuild.tokens.outcome import Outcome, carry_out
 from kittybuild.tokens.reading import read_vocabulary
 from tests.helpers import llama_config, llama_shapes, load_tensors, noise, write_model
 from tests.jobs import make
-from tests.parity.parity import call, places
+from tests.parity.command import parser_beside
+from tests.parity.exact import driven
+from tests.parity.parity import places
 from tests.tokenizers import Files, byte_fallback, byte_level, files_of, read_files, write_files
+from tests.vocabularies import PAIRS, tokenizer_of
 
 HEAD = (
     "# Tables by token, kittybuild and mergekit 0.1.5",
     "",
     "Written by `python -m tests.parity.tokens`, whose docstring says what counts as equal. Each case compares",
-    "embedding and head of every model of the merge, aligned to the output's vocabulary, row by row. Cases of real",
-    "tokenizers are run with `--real`.",
+    "embedding and head of every model of the merge, aligned to the output's vocabulary, row by row.",
     "",
-    "| tables | case | verdict |",
-    "|---|---|---|",
+    "| tables | case | rows | verdict |",
+    "|---|---|---:|---|",
 )
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 WIDTH = 32
+DTYPES = ("float32", "bfloat16")
+Models = Mapping[str, Files]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Models by name with their tokenizers, and the request in both programs' words."""
+    """What gives the models by name with their tokenizers, and the request in both programs' words."""
 
     name: str
-    models: Mapping[str, Files]
+    given: Callable[[], Models]
     tokenizer: Mapping[str, Any]
     base: str | None = "base"
     dtype: str = "float32"
     rows: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def models(self) -> Models:
+        """The models, in the order of the merge."""
+        return self.given()
 
     @property
     def request(self) -> TokenizerRequest:
@@ -104,8 +109,8 @@ def cases() -> Iterator[Case]:
         "in": {"source": "b"},
         "ing": {"source": {"kind": "zero"}},
     }
-    for dtype in ("float32", "bfloat16"):
-        for name, models in (("byte-level", byte), ("byte fallback", spm)):
+    for dtype in DTYPES:
+        for name, models in (("byte-level", lambda: byte), ("byte fallback", lambda: spm)):
             for source in ("union", "base", "b"):
                 yield Case(f"{name}, {source}", models, {"source": source}, dtype=dtype)
             yield Case(f"{name}, union without a base", models, {"source": "union"}, None, dtype)
@@ -113,22 +118,27 @@ def cases() -> Iterator[Case]:
             filled = {"base": 320, "a": 300, "b": 290}
             yield Case(f"{name}, base with fillers", models, {"source": "base"}, dtype=dtype, rows=filled)
             yield Case(f"{name}, union with fillers", models, {"source": "union"}, dtype=dtype, rows=filled)
-        yield Case("rules", byte, {"source": "union", "tokens": rules}, dtype=dtype)
+        yield Case("rules", lambda: byte, {"source": "union", "tokens": rules}, dtype=dtype)
 
 
-def real(folder: Path) -> Iterator[Case]:
-    """All pairs of real tokenizers."""
-    found = {path.name: read_files(path) for path in sorted(folder.iterdir()) if (path / "tokenizer.json").is_file()}
-    for (one, first), (two, second) in combinations(found.items(), 2):
-        for source in ("union", "base", "other"):
-            yield Case(f"{one} and {two}, {source}", {"base": first, "other": second}, {"source": source})
+def real() -> Iterator[Case]:
+    """Pairs of real models: on the tokens of both, of the one, of the other."""
+    for dtype in DTYPES:
+        for one, two in PAIRS:
+            models = partial(_pair, one, two)
+            for source in ("union", "base", "other"):
+                yield Case(f"{one} and {two}, {source}", models, {"source": source}, dtype=dtype)
+
+
+def _pair(one: str, two: str) -> Models:
+    return {"base": tokenizer_of(one), "other": tokenizer_of(two)}
 
 
 # ---- one case
 
 
-def run(case: Case, folder: Path, environment: str) -> list[str]:
-    """What differs, a line each."""
+def run(case: Case, folder: Path, environment: str) -> tuple[int, list[str]]:
+    """The rows of the output's tables, and what differs, a line each."""
     rows = write_models(case, folder)
     vocabularies = {}
     for name, files in case.models.items():
@@ -139,8 +149,12 @@ def run(case: Case, folder: Path, environment: str) -> list[str]:
     base = ModelRef(case.base) if case.base else None
     ours = carry_out(case.request, vocabularies, files, base, fillers=False)
     problems = []
-    for chosen in case.models:
-        theirs = merged(case, chosen, folder, environment)
+    orders = [(configuration(case, chosen), f"out-{chosen}") for chosen in case.models]
+    for chosen, error in zip(case.models, driven(environment, orders, folder, {"PYTHONHASHSEED": "0"}), strict=True):
+        if error:
+            problems.append(f"{chosen}: mergekit fails: {error}")
+            continue
+        theirs = folder / f"out-{chosen}"
         count = json.loads((theirs / "config.json").read_text())["vocab_size"]
         if count != ours.rows:
             problems.append(f"{chosen}: {ours.rows} rows, {count} in mergekit")
@@ -155,7 +169,7 @@ def run(case: Case, folder: Path, environment: str) -> list[str]:
         for name in TABLES:
             found = aligned(ours, chosen, name, folder)
             problems += [f"{chosen}: {name}: {p}" for p in compared(ours, chosen, found, tables[name], ids.ids)]
-    return problems
+    return ours.rows, problems
 
 
 def write_models(case: Case, folder: Path) -> dict[str, int]:
@@ -174,15 +188,11 @@ def write_models(case: Case, folder: Path) -> dict[str, int]:
     return rows
 
 
-def merged(case: Case, chosen: str, folder: Path, environment: str) -> Path:
-    """mergekit's output that shows the table of the model `chosen`."""
+def configuration(case: Case, chosen: str) -> dict[str, Any]:
+    """mergekit's words for an output that shows the table of the model `chosen`."""
     models = [{"model": name, "parameters": {"weight": float(name == chosen)}} for name in case.models]
     config: dict[str, Any] = {"merge_method": "linear", "models": models, "dtype": case.dtype}
-    config |= {"tokenizer": dict(case.tokenizer), **({"base_model": case.base} if case.base else {})}
-    path = folder / f"{chosen}.yml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    call([f"{environment}/bin/mergekit-yaml", path.name, f"out-{chosen}", "--no-write-model-card", "--quiet"], folder)
-    return folder / f"out-{chosen}"
+    return config | {"tokenizer": dict(case.tokenizer), **({"base_model": case.base} if case.base else {})}
 
 
 def aligned(ours: Outcome, chosen: str, name: str, folder: Path) -> Tensor:
@@ -213,21 +223,15 @@ def compared(ours: Outcome, chosen: str, found: Tensor, wanted: Tensor, ids: Map
 
 def main() -> int:
     """Run all cases, print a line each, return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--mergekit", required=True, help="the environment with mergekit==0.1.5")
-    parser.add_argument("--real", type=Path, action="append", default=[], help="a folder of folders with tokenizers")
-    parser.add_argument("--write", type=Path, help="write the table to this file, too")
-    parser.add_argument("--only", default="", help="only the cases with this in their name")
-    arguments = parser.parse_args()
+    arguments = parser_beside(__doc__).parse_args()
     lines, failed = [], False
-    chosen = [*cases(), *(case for folder in arguments.real for case in real(folder))]
-    for case in chosen:
-        if arguments.only not in case.name:
+    for case in (*cases(), *real()):
+        if not arguments.only.search(case.name):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            problems = run(case, Path(folder), arguments.mergekit)
+            rows, problems = run(case, Path(folder), arguments.mergekit)
         failed |= bool(problems)
-        lines.append(f"| {case.dtype} | {case.name} | {'; '.join(problems) or 'equal'} |")
+        lines.append(f"| {case.dtype} | {case.name} | {rows} | {'; '.join(problems) or 'equal'} |")
         print(lines[-1], flush=True)
     if arguments.write:
         arguments.write.write_text("\n".join([*HEAD, *lines]) + "\n", encoding="utf-8")

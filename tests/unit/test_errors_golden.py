@@ -7,10 +7,14 @@ Paths in the texts count from the recipe's folder, which holds the checkpoints o
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,7 +95,7 @@ def errors(file: Path) -> str:
 
 
 def planned(file: str) -> None:
-    prepared = api.prepare(api.read_recipe(file), offline=True)
+    prepared = api.prepare(api.read_recipe(file, offline=True), offline=True)
     api.plan(replace(prepared, machine=HERE), None)
 
 
@@ -114,12 +118,51 @@ def test_mistakes_of_text_sources_shapes_layers_and_tokenizers_come_in_one_run(
     assert {error.code[:3] for error in found} == {"KB1", "KB2", "KB3"}
 
 
-def test_a_text_of_mistakes_asks_no_server(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_come_in_less_than_a_second_and_no_weights_are_read(zoo: Path, tmp_path: Path) -> None:
+    """Seconds of the processor, so that a busy machine does not count; each model has 64 GB more, which are a hole."""
+    folder = shutil.copytree(zoo, tmp_path / "zoo")
+    for name in ("base", "wide", "a", "other"):
+        enlarge(folder / name / "model.safetensors")
+    shutil.copy(GOLDEN / "twelve.yml", folder / "recipe.yml")
+    absent = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'numpy'))"
+    command = [
+        sys.executable,
+        "-c",
+        f"{absent}\nfrom kittybuild.cli import main\nmain()",
+        "plan",
+        "recipe.yml",
+        "--json",
+    ]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    seconds = []
+    for _ in range(2):  # the first may have to compile the modules
+        before = os.times()
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert len(json.loads(done.stdout)["errors"]) == 12
+    assert min(seconds) < 1
+
+
+def enlarge(file: Path) -> None:
+    """A tensor more, at the end of a safetensors file: zeros that take no room on the disk."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, size = json.loads(data[8:end]), len(data) - end
+    header["vast"] = {"dtype": "BF16", "shape": [1 << 35], "data_offsets": [size, size + (1 << 36)]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    os.truncate(file, 8 + len(text) + size + (1 << 36))
+
+
+def test_offline_a_text_of_mistakes_asks_no_server(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(zoo)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     hub = "{merge_method: passthrough, models: [{model: org/name}]}"
     text = f"kittybuild: 1\nstages:\n  a: {hub}\n  b: {hub.replace('passthrough', 'pasthrough')}\n"
     (zoo / "recipe.yml").write_text(text, encoding="utf-8")
-    assert [error.code for error in errors_of(api.read_recipe, "recipe.yml")] == ["KB104"]
+    found = errors_of(partial(api.read_recipe, offline=True), "recipe.yml")
+    assert [error.code for error in found] == ["KB104", "KB250"]
 
 
 def test_there_is_no_text_without_its_recipe() -> None:

@@ -49,8 +49,8 @@ class _Again(Exception):
 class Web:
     """The Hub over the network. `offline`: every request is SourceError KB250. `pause`: seconds before a second try."""
 
-    def __init__(self, *, offline: bool = False, pause: float = 0.5) -> None:
-        self.offline, self.pause = offline, pause
+    def __init__(self, *, offline: bool = False, pause: float = 0.5, tries: int = TRIES) -> None:
+        self.offline, self.pause, self.tries = offline, pause, tries
 
     def info(self, repository: str, revision: str | None) -> Any:
         """What the Hub says of a repository at a revision, its files with sizes and digests. Raises SourceError."""
@@ -100,7 +100,7 @@ class Web:
 
     def _wait(self, again: _Again, failures: int) -> None:
         """Before the next try: longer each time, by chance up to twice as long, so that not all come back at once."""
-        if failures >= TRIES:
+        if failures >= self.tries:
             raise again.error from None
         chance = 1 + os.urandom(1)[0] / 255
         time.sleep(min(LONGEST_WAIT, max(again.wait, self.pause * 2 ** (failures - 1)) * chance))
