@@ -19,7 +19,7 @@ _SELDOM = (
 _COMMANDS = MappingProxyType(
     {name: name for name in ("build", "plan", "lock", "verify", "reproduce", "publish", "methods", "store", "cache")}
     | {name: name for name in ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon")}
-    | {"merge-lora": "merge_lora", "legacy": "legacy"}
+    | {"extract-lora": "extract_lora", "merge-lora": "merge_lora", "legacy": "legacy"}
 )
 
 
