@@ -1,4 +1,4 @@
-"""`kittybuild extract-lora`: what mergekit-extract-lora and mergekitty-extract-lora do."""
+"""The command `extract-lora`: what mergekit-extract-lora and mergekitty-extract-lora do."""
 
 from __future__ import annotations
 

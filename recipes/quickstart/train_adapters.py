@@ -28,6 +28,7 @@ MOODS = ("happy", "zen")
 SEED, BATCH, WARMUP, LEARNING_RATE = 17, 4, 10, 1e-3
 MAX_TOKENS, HELD_OUT = 224, 32
 
+
 @dataclass(frozen=True)
 class Kind:
     """What an adapter changes (its delta is twice B @ A), and how many steps it is trained."""
@@ -39,7 +40,7 @@ class Kind:
 
 
 ATTENTION = Kind("", ("k_proj", "o_proj", "q_proj", "v_proj"), 8, 140)
-MLP = Kind("-mlp", ("down_proj", "gate_proj", "up_proj"), 4, 100)
+MLP = Kind("-mlp", ("down_proj", "gate_proj", "up_proj"), 4, 70)
 
 Row = dict[str, str]
 Example = tuple[list[int], list[int]]  # token ids; labels, -100 where there is no loss
@@ -153,7 +154,11 @@ def train(mood: str, kind: Kind, moods: dict[str, list[Row]], out: Path) -> None
     before = {name: mean_nll(base, rows) for name, rows in tests.items()}
 
     config = LoraConfig(
-        r=kind.rank, lora_alpha=2 * kind.rank, lora_dropout=0.0, target_modules=list(kind.targets), task_type="CAUSAL_LM"
+        r=kind.rank,
+        lora_alpha=2 * kind.rank,
+        lora_dropout=0.0,
+        target_modules=list(kind.targets),
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
     start, busy = time.monotonic(), time.process_time()

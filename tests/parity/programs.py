@@ -38,8 +38,8 @@ LAYERS = 4
 HEAD_LINES = (
     "# Programs of mergekit and ours, as whole commands",
     "",
-    "Written by `python -m tests.parity.programs`, whose docstring says what counts as equal: `bits`, `near`, `adapter` or",
-    "`structure`. The same words behind both programs, but that ours are told `--numerics mergekit-0.1.5` for `bits`.",
+    "Written by `python -m tests.parity.programs`, whose docstring says what `bits`, `near`, `adapter` and `structure`",
+    "mean. The same words behind both programs, but that ours are told `--numerics mergekit-0.1.5` for `bits`.",
     "",
     "| command | peer | folder | tensors | compared by | verdict |",
     "|---|---|---|---:|---|---|",
@@ -162,7 +162,7 @@ def _product(adapter: Mapping[str, Tensor], name: str) -> Tensor:
 def _same_config(ours: Path, theirs: Path) -> str:
     found, wanted = (json.loads((each / "adapter_config.json").read_text()) for each in (ours, theirs))
     scales = [
-        {key: each["lora_alpha"] / each["r"] for key in ("all",)}
+        dict.fromkeys(("all",), each["lora_alpha"] / each["r"])
         | {key: alpha / each["rank_pattern"][key] for key, alpha in each["alpha_pattern"].items()}
         for each in (found, wanted)
     ]
@@ -235,7 +235,10 @@ EXTRACTIONS = (
     ("--max-rank", "6", "--save-module", "lm_head", "--save-module", "down_proj"),
     ("--max-rank", "6", "-e", "mlp", "-e", "k_proj"),
     ("--max-rank", "6", "-i", "self_attn", "-i", "embed", "-i", "lm_head", "-i", "norm"),
-    ("--sv-epsilon", "0.21",),
+    (
+        "--sv-epsilon",
+        "0.21",
+    ),
 )
 
 
