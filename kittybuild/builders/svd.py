@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SPECTRUM = 2
 """Numbers of a row behind u and v: the singular value, and the norm of what is left."""
 OVERSAMPLING = 8
+LEAST_WIDTH = 24
+ROUNDING = 1e-12
 _ROWS = 512
 
 
@@ -39,18 +41,18 @@ def _svd(job: Job) -> Combine:
 def _randomized(job: Job) -> Combine:
     """The same within a block Krylov space of `iterations` steps, from a seeded start.
 
-    Source: Musco & Musco 2015, Randomized block Krylov methods, algorithm 2. Where that space would be most of the
-    whole, all values are computed.
+    Source: Musco & Musco 2015, Randomized block Krylov methods, algorithm 2. Where that space would be the whole, all
+    values are computed.
     """
     rank, iterations = job.output.shape[0], job.params["iterations"]
     delta = _difference(job)
     total = _squares(delta)
-    width = rank + OVERSAMPLING
-    if 2 * width * (iterations + 1) >= min(delta.shape) or not math.isfinite(total):
+    width = max(rank, LEAST_WIDTH) + OVERSAMPLING
+    if width * (iterations + 1) >= min(delta.shape) or not math.isfinite(total):
         return _result(job, _all_values(delta), total)
     turned = delta.shape[0] > delta.shape[1]
     wide = delta.T if turned else delta
-    u, s, v = _within(wide, _krylov(wide, _start(job, (wide.shape[1], width)), iterations))
+    u, s, v = _within(*_krylov(wide, _start(job, (wide.shape[1], width)), iterations), rank)
     return _result(job, (v.T, s, u.T) if turned else (u, s, v), total)
 
 
@@ -83,8 +85,8 @@ def _squares(delta: Array) -> float:
     """The sum of the squares of a matrix."""
     import numpy as np
 
-    rows = range(0, len(delta), _ROWS)
-    return float(sum(np.square(delta[row : row + _ROWS], dtype=np.float64).sum() for row in rows))
+    rows = np.einsum("ij,ij->i", delta, delta)  # short sums in its own precision
+    return float(rows.sum(dtype=np.float64))
 
 
 def _start(job: Job, shape: tuple[int, int]) -> Array:
@@ -95,29 +97,58 @@ def _start(job: Job, shape: tuple[int, int]) -> Array:
     return np.random.Generator(np.random.Philox(key=int(key, 16))).standard_normal(shape, dtype=np.float32)
 
 
-def _krylov(matrix: Array, start: Array, iterations: int) -> Array:
-    """An orthonormal basis (float64) of matrix · start, and of what up to `iterations` more passes give."""
+def _krylov(matrix: Array, start: Array, iterations: int) -> tuple[Array, Array]:
+    """An orthonormal basis of matrix · start and of what `iterations` more passes give; and matrix' · basis.
+
+    Both are float64, of factors that the matrix is multiplied with in its own precision. Columns of the basis are zeros
+    where a pass gives nothing new.
+    """
     import numpy as np
 
-    block: Array = np.linalg.qr((matrix @ start.astype(matrix.dtype)).astype(np.float64))[0]
-    basis = block
-    for _ in range(iterations):
-        block = (matrix @ (matrix.T @ block.astype(matrix.dtype))).astype(np.float64)
-        for _twice in range(2):  # once leaves rounding errors of the size of what is taken away
-            block -= basis @ (basis.T @ block)
-        block = np.linalg.qr(block)[0]
-        basis = np.concatenate([basis, block], axis=1)
-    return basis
+    width = start.shape[1]
+    basis = np.empty((matrix.shape[0], width * (iterations + 1)))
+    seen = np.empty((matrix.shape[1], basis.shape[1]), matrix.dtype)
+    block = matrix @ start.astype(matrix.dtype)
+    for done in range(0, basis.shape[1], width):
+        now = slice(done, done + width)
+        basis[:, now] = _orthonormal(block.astype(np.float64), basis[:, :done])
+        seen[:, now] = matrix.T @ basis[:, now].astype(matrix.dtype)
+        if now.stop < basis.shape[1]:
+            block = matrix @ seen[:, now]
+    return basis, seen.astype(np.float64)
 
 
-def _within(matrix: Array, basis: Array) -> Parts:
-    """The singular values and vectors of the part of a matrix whose columns lie in the space of the basis."""
+def _orthonormal(block: Array, basis: Array) -> Array:
+    """Orthonormal columns of what the basis lacks of a block; zeros where it lacks nothing but rounding errors.
+
+    (Not by QR: what it makes of columns of zeros may lie in the basis.)
+    """
     import numpy as np
 
-    part = (matrix.T @ basis.astype(matrix.dtype)).astype(np.float64)
-    right, small = np.linalg.qr(part)
+    least = ROUNDING * np.linalg.norm(block, axis=0)
+    for _twice in range(2):  # once leaves rounding errors of the size of what is taken away
+        block = block - basis @ (basis.T @ block)
+        norms = np.linalg.norm(block, axis=0)
+        block = block * np.where(norms > least, 1 / norms, 0.0)
+        squares, turn = np.linalg.eigh(block.T @ block)
+        block = block @ (turn * np.where(squares > ROUNDING, 1 / np.sqrt(squares), 0.0))
+        least = np.full(len(norms), 0.5)  # a column is of length 1 now, or of zeros
+    return block
+
+
+def _within(basis: Array, seen: Array, rank: int) -> Parts:
+    """The first `rank` singular values and vectors of the part of a matrix whose columns lie in the space of a basis.
+
+    `seen`: the transposed matrix times the basis. Its Gram matrix chooses the space of the first vectors (the square of
+    its accuracy is enough for that), and a QR decomposition there gives them.
+    """
+    import numpy as np
+
+    _, chosen = np.linalg.eigh(seen.T @ seen)
+    chosen = chosen[:, : -rank - 1 : -1]
+    right, small = np.linalg.qr(seen @ chosen)
     v, s, u = np.linalg.svd(small, full_matrices=False)
-    return basis @ u.T, s, (right @ v).T
+    return basis @ (chosen @ u.T), s, (right @ v).T
 
 
 def _product(job: Job) -> Combine:
@@ -207,13 +238,13 @@ def working(double: bool) -> DType:
     return DType.F64 if double else DType.F32
 
 
-def _builder(name: str, prepare: Any, whole: int, **more: Any) -> Builder:
-    return Builder(name, 1, prepare, streamed=0, scratch=0, whole=whole, **more)
+def _builder(name: str, prepare: Any, whole: int, version: int = 1, **more: Any) -> Builder:
+    return Builder(name, version, prepare, streamed=0, scratch=0, whole=whole, **more)
 
 
 SVD = (
     _builder("svd", _svd, 40, machine=True),
-    _builder("svd_randomized", _randomized, 8, machine=True, seeded=True),
+    _builder("svd_randomized", _randomized, 8, machine=True, seeded=True, version=2),
     _builder("svd_of_product", _product, 40, machine=True),
     _builder("lora_side", _side, 8),
     _builder("spectrum", _spectrum, 0),

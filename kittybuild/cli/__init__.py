@@ -20,7 +20,7 @@ DEPTH = 5_000
 """Python's own 1,000 end at chains of some 200 stages: each is asked for by the one after it."""
 _COMMANDS = (
     *("build", "plan", "why", "lock", "verify", "reproduce", "diff", "publish", "methods", "schema", "store", "cache"),
-    *("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "merge-lora", "legacy"),
+    *("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "extract-lora", "merge-lora", "legacy"),
 )
 
 

@@ -86,6 +86,37 @@ def apply_lora_text(base: str, adapter: str, folder: str, settings: Settings) ->
 
 
 @dataclass(frozen=True)
+class Extract:
+    """What mergekit-extract-lora is told. `epsilon`: only singular values above it count; 0: all up to `rank`."""
+
+    model: str
+    base: str
+    rank: int
+    epsilon: float = 0.0
+    svd: str = "exact"
+    distribute_scale: bool = True
+    embed_lora: bool = False
+    saved: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    skip_undecomposable: bool = False
+
+
+def extract_lora_text(told: Extract, folder: str, settings: Settings) -> str:
+    """mergekit-extract-lora, mergekitty-extract-lora."""
+    rank = {"most": told.rank, **({"threshold": told.epsilon} if told.epsilon else {})}
+    stage: dict[str, Any] = {"kind": "extract_lora", "model": told.model, "base": told.base, "rank": rank}
+    stage |= {"svd": told.svd} if told.svd != "exact" else {}
+    stage |= {} if told.distribute_scale else {"distribute_scale": False}
+    stage |= {"include": told.include} if told.include else {}
+    stage |= {"exclude": told.exclude} if told.exclude else {}
+    stage |= {"embeddings": "lora"} if told.embed_lora else {}
+    stage |= {"others": "leave"} if told.skip_undecomposable else {}
+    stage |= {"modules_to_save": told.saved} if told.saved else {}
+    return recipe_of({"extracted": stage}, {"extracted": folder}, settings)
+
+
+@dataclass(frozen=True)
 class Legacy:
     """What mergekit-legacy is told. Weights and densities go by position; one value counts for all models."""
 

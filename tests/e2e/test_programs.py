@@ -53,6 +53,8 @@ PROGRAMS = {
     "full-random": ("layershuffle", "out", "-m", "a", "-m", "b", "-w", "0.5", "-w", "0.5", "--full-random", "--fp16"),
     "tokensurgeon": ("tokensurgeon", "one", "two", "out", "-a", "mean", "-k", "8", "-bm", "yes"),
     "barycentric": ("tokensurgeon", "one", "two", "out", "-k", "8", "-b", "-nc"),
+    "extract-lora": ("extract-lora", "--model", "b", "--base-model", "a", "--out-path", "out", "--max-rank", "4"),
+    "by threshold": ("extract-lora", "b", "a", "out", "--sv-epsilon", "0.05", "--embed-lora", "--skip-undecomposable"),
     "merge-lora": ("merge-lora", "a", "lora", "out"),
     "legacy": ("legacy", "out", "--merge", "a", "--merge", "b", "--weight", "0.4", "--base-model", "c", "--bf16"),
 }
@@ -156,6 +158,8 @@ def test_a_recipe_of_ours_is_no_configuration(here: Path) -> None:
         ("layershuffle", "out", "-m", "a", "-w", "1", "-w", "2"),
         ("legacy", "out", "--merge", "a", "--merge", "b", "--weight", "1", "--weight", "2", "--weight", "3"),
         ("tokensurgeon", "one", "two", "out", "-b", "-a", "omp"),
+        ("extract-lora", "b", "a"),
+        ("extract-lora", "b", "a", "out", "--model", "c"),
     ],
     ids=" ".join,
 )

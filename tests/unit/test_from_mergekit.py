@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from kittybuild.cli import legacy, moe, multi, programs, tokensurgeon
+from kittybuild.cli import extract_lora, legacy, moe, multi, programs, tokensurgeon
 from tests.unit.test_docs import PROGRAMS, between, command_of, page, rows, section, words
 
 PAGE = page("from-mergekit.md")
@@ -36,9 +36,10 @@ def test_the_arguments_of_a_program_are_told(name: str) -> None:
     assert text.split()[1 : 1 + len(written)] == written
 
 
-@pytest.mark.parametrize("name", ["Options of all programs", "moe", "multi", "tokensurgeon", "legacy"])
+@pytest.mark.parametrize("name", ["Options of all programs", "moe", "multi", "tokensurgeon", "extract-lora", "legacy"])
 def test_an_option_that_changes_nothing_has_the_same_note_everywhere(name: str) -> None:
-    own = {"moe": moe.NOTES, "multi": multi.NOTES, "tokensurgeon": tokensurgeon.NOTES, "legacy": legacy.NOTES}
+    own = {"moe": moe.NOTES, "multi": multi.NOTES, "tokensurgeon": tokensurgeon.NOTES}
+    own |= {"extract-lora": extract_lora.NOTES, "legacy": legacy.NOTES}
     notes = own.get(name, programs.NOTES)
     text = told(section(PAGE, name))
     for option, note in notes.items():

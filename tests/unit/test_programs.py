@@ -10,13 +10,23 @@ import pytest
 import yaml
 
 from kittybuild.builders.registry import BUILTIN
-from kittybuild.model.recipe import ApplyLoraStage, MergeStage, Recipe, TransplantStage
+from kittybuild.model.recipe import (
+    ApplyLoraStage,
+    Decomposition,
+    ExtractLoraStage,
+    MergeStage,
+    Rank,
+    Recipe,
+    TransplantStage,
+)
 from kittybuild.recipe.parse import parse_recipe
 from kittybuild.recipe.programs import (
     PLAIN,
+    Extract,
     Legacy,
     Settings,
     apply_lora_text,
+    extract_lora_text,
     merge_text,
     multi_text,
     peer_size,
@@ -96,6 +106,36 @@ def test_an_adapter_is_applied_once() -> None:
     stage = read(apply_lora_text("a", "lora", "out", PLAIN)).stages["applied"]
     assert isinstance(stage, ApplyLoraStage)
     assert [(use.adapter.model, use.weight) for use in stage.adapters] == [("lora", 1.0)]
+
+
+def extraction(**given: Any) -> ExtractLoraStage:
+    stage = read(extract_lora_text(Extract("tuned", "base", 16, **given), "out", PLAIN)).stages["extracted"]
+    assert isinstance(stage, ExtractLoraStage)
+    return stage
+
+
+def test_an_extraction_takes_what_each_matrix_has() -> None:
+    plain = extraction()
+    assert (plain.model.model, plain.base.model, plain.embeddings, plain.others) == ("tuned", "base", "save", "save")
+    assert plain.decomposition == Decomposition(Rank(16, exact=False))
+
+
+def test_an_extraction_has_the_options_that_are_given() -> None:
+    told = extraction(
+        epsilon=0.5,
+        svd="randomized",
+        distribute_scale=False,
+        embed_lora=True,
+        saved=("lm_head",),
+        include=("mlp", "attn"),
+        exclude=("down",),
+        skip_undecomposable=True,
+    )
+    assert told.decomposition.rank == Rank(16, exact=False, threshold=0.5)
+    assert told.decomposition.iterations is not None
+    assert not told.decomposition.distribute
+    assert (told.include, told.exclude, told.saved) == (("mlp", "attn"), ("down",), ("lm_head",))
+    assert (told.embeddings, told.others) == ("lora", "leave")
 
 
 # ---- legacy
