@@ -66,7 +66,7 @@ def test_values_and_vectors_are_those_of_the_matrix(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("rank", [4, 16, 32])
 def test_of_noise_it_keeps_what_can_be_kept_within_a_thousandth(rank: int) -> None:
     matrix = normal(768, 2048).float()
-    best = torch.linalg.eigvalsh((matrix.double() @ matrix.double().T))[-rank:].sum()
+    best = torch.linalg.eigvalsh(matrix.double() @ matrix.double().T)[-rank:].sum()
     _, s, _, _ = decomposed(matrix, rank)
     assert 1 - 1e-3 < float((s**2).sum() / best) < 1 + 1e-6
 
