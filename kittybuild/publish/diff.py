@@ -212,10 +212,10 @@ def diff(one: Side, two: Side, *, memory: int, jobs: int) -> Diff:
 
 def _cause(one: Told, two: Told, first: Compared) -> str:
     """Why the first tensor that differs does, as both outputs tell it."""
-    sources = two.lock.get("sources", {})
-    for name, pin in one.lock.get("sources", {}).items():
+    sources = _sources(two)
+    for name, pin in _sources(one).items():
         other = sources.get(name, {})
-        if pin.get("read") == other.get("read") and pin.get("content") != other.get("content"):
+        if other and pin.get("read") == other.get("read") and pin.get("content") != other.get("content"):
             return f"the source {name} holds other tensors"
     stages = one.stage, two.stage
     made = [said.derivations.get(said.stage, {}).get(first.name) for said in (one, two)]
@@ -223,6 +223,12 @@ def _cause(one: Told, two: Told, first: Compared) -> str:
         return f"{first.name} is taken over from another place, or a side has it not"
     found = first_cause(one.derivations, two.derivations, stages, first.name)
     return found or f"{first.name}: one derivation, and other bits: one of them was changed after it was built"
+
+
+def _sources(told: Told) -> dict[str, dict[str, Any]]:
+    """The pins of a lock, which may be a stranger's."""
+    found = told.lock.get("sources") if isinstance(told.lock, dict) else None
+    return {name: pin for name, pin in found.items() if isinstance(pin, dict)} if isinstance(found, dict) else {}
 
 
 def _files(one: Mapping[str, bytes], two: Mapping[str, bytes]) -> Iterator[OtherFile]:

@@ -249,6 +249,9 @@ class TestOutputs:
     def test_a_damaged_telling_is_a_note(self, outputs: Callable[..., Path], tmp_path: Path) -> None:
         one = outputs("one", 0.5)
         other = Path(shutil.copytree(one, tmp_path / "other"))
+        story = json.loads((other / "kittybuild.json").read_text(encoding="utf-8"))
+        write_json(other / "kittybuild.json", {**story, "lock": [1]})
+        assert compared(other, outputs("two", 0.25))[0] == 6
         (other / "kittybuild.json").write_text("{}", encoding="utf-8")
         status, document = compared(one, other)
         assert status == 0
