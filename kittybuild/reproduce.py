@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 from kittybuild import api
 from kittybuild.builders.base import Builders
 from kittybuild.builders.registry import BUILTIN
-from kittybuild.checkpoint.safetensors_file import read_safetensors
-from kittybuild.checkpoint.source import Entry
 from kittybuild.digest import Digest
 from kittybuild.errors import BuildError, KittybuildError, Problems, SourceError
 from kittybuild.model.made import first_cause, read_derivations
@@ -36,6 +34,7 @@ from kittybuild.publish.compare import (
     compare,
     only,
 )
+from kittybuild.publish.diff import kept_entries
 from kittybuild.publish.published import Published
 from kittybuild.store.store import Store
 
@@ -123,7 +122,7 @@ def reproduce(
         report = _build(prepared, opened, limits, events, builders)
         manifest = _manifest(opened, report.stages[published.stage].manifest)
         made = {tensor.name: tensor.ref.digest for tensor in manifest.tensors}
-        found = list(compare(published.tensors, _entries(manifest, opened), made))
+        found = list(compare(published.tensors, kept_entries(manifest, opened), made))
         told = json.loads(api.record(prepared, opened) or b"{}")
     merges = [stage for stage in prepared.recipe.stages.values() if isinstance(stage, MergeStage)]
     return Reproduction(
@@ -212,17 +211,6 @@ def _manifest(store: Store, digest: Digest) -> Manifest:
     if manifest is None:
         raise BuildError("KB506", f"the store has lost the manifest {digest}", hint="run it again")
     return manifest
-
-
-def _entries(manifest: Manifest, store: Store) -> dict[str, Entry]:
-    """Where the store keeps the tensors of an output."""
-    found: dict[str, Entry] = {}
-    for shard in manifest.shards:
-        path = store.pack(shard.pack)
-        if path is None:
-            raise BuildError("KB506", f"the store has lost the pack {shard.pack}", hint="run it again")
-        found |= read_safetensors(path)
-    return found
 
 
 def _cause(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kittybuild.api.building import MEMORY, build, check_models, record
+from kittybuild.api.building import MEMORY, build, built, check_models, record
 from kittybuild.api.caches import pull, push
 from kittybuild.api.planning import explain, plan
 from kittybuild.api.preparing import LockReport, Prepared, lock, prepare, read_recipe, recipe_of, recipe_text
@@ -19,6 +19,7 @@ __all__ = [
     "Prepared",
     "StageReport",
     "build",
+    "built",
     "check_models",
     "explain",
     "lock",

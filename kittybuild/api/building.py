@@ -55,7 +55,7 @@ def build(
     started = time.monotonic()
     limits = memory, jobs, processes and builders.files is not None  # else no other process could load them
     _pin_fresh(prepared)
-    ready = _shortcut(prepared, store)
+    ready = built(prepared, store)
     if ready:
         manifests, told = ready
         computed = written = from_caches = dict.fromkeys(manifests, 0)
@@ -106,8 +106,8 @@ def _report(manifest: Manifest, computed: int, fetched: int) -> StageReport:
     return StageReport(total, computed, total - computed - fetched, manifest.digest, nonfinite, fetched)
 
 
-def _shortcut(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], bytes] | None:
-    """The manifests of all stages, where an equal build made them and all packs of the wanted ones are there."""
+def built(prepared: Prepared, store: Store) -> tuple[dict[str, Manifest], bytes] | None:
+    """The manifests of all stages and the `record`, where an equal build made them and all that is wanted is there."""
     manifests = {}
     for name, key in prepared.keys.items():
         digest = store.shortcut(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kittybuild.api.building import _shortcut
+from kittybuild.api.building import built
 from kittybuild.api.planning import plan
 from kittybuild.api.preparing import Prepared
 from kittybuild.builders.base import Builders
@@ -24,7 +24,7 @@ def push(prepared: Prepared, store: Store, to: Pushing, builders: Builders = BUI
     """Push what was built of a recipe to a cache, signed. Raises RemoteError KB806 if it is not built."""
     from kittybuild.publish.push import push
 
-    if ready := _shortcut(prepared, store):
+    if ready := built(prepared, store):
         to = replace(to, name=to.name or prepared.recipe.name)
         return push(to, store, ready[0], prepared.wanted, plan(prepared, store, builders))
     hint = "build it with the same recipe, lock and store, then push"

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kittybuild.api.building import _shortcut
+from kittybuild.api.building import built
 from kittybuild.api.planning import plan
 from kittybuild.api.preparing import Prepared, prepare, recipe_of
 from kittybuild.builders.base import Builders
@@ -53,7 +53,7 @@ def why(
     from kittybuild.planner.why import explained, nothing
 
     lasts = {name: _last(prepared, store, name) for name in prepared.wanted}
-    ready = _shortcut(prepared, store) if store is not None and tensor is None else None
+    ready = built(prepared, store) if store is not None and tensor is None else None
     same = {name: last for name, last in lasts.items() if last and ready and last.manifest == ready[0][name]}
     if len(same) == len(lasts):
         return tuple(

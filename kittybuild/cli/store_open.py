@@ -11,9 +11,9 @@ from kittybuild.store.store import Store
 
 
 @contextmanager
-def existing(store: str | None, *, to_clean: bool = False) -> Iterator[Store]:
-    """The store, open; raises StoreError KB711 if there is none."""
-    folder = store_folder(store, None)
+def existing(store: str | None, recipe: str | None = None, *, to_clean: bool = False) -> Iterator[Store]:
+    """The store (`recipe`: of that one), open; raises StoreError KB711 if there is none."""
+    folder = store_folder(store, recipe)
     if not Store.exists(folder):
         raise StoreError("KB711", "there is no store here", at=folder, hint="a build makes it; or name it with --store")
     with Store.open(folder, to_clean=to_clean) as opened:

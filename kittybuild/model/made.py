@@ -86,21 +86,26 @@ def apart(before: Made, after: Made) -> Apart | None:
 
 def first_cause(before: Derivations, after: Derivations, stages: tuple[str, str], tensor: str) -> str | None:
     """Why a tensor of one build is another in a second one, as deep as their tellings lead; None where both have it by
-    the same key. `stages`: where it is, in each."""
-    was, now = before.get(stages[0], {}).get(tensor), after.get(stages[1], {}).get(tensor)
-    if was is None or now is None:
-        return f"{tensor} is made otherwise now"
-    difference = apart(was, now)
-    if difference is None:
-        return None
-    if difference.fields:
-        what, old, new = difference.fields[0]
-        return f"{tensor}: the {what} was {old}, now it is {new}"
-    if difference.others:
-        return f"{tensor} is made of other tensors now"
-    for of, name in difference.contents:
-        if of in before and of in after and (deeper := first_cause(before, after, (of, of), name)):
-            return deeper
-        if of not in before and of not in after:
-            return f"the source {of} holds another {name} than the one that was merged"
-    return f"{tensor}: its parameters are others"
+    the same key. `stages`: where it is, in each. Tellings may be a stranger's, and lead in a circle."""
+    seen: set[tuple[str, str]] = set()
+    while True:
+        was, now = before.get(stages[0], {}).get(tensor), after.get(stages[1], {}).get(tensor)
+        if was is None or now is None:
+            return f"{tensor} is made otherwise now"
+        difference = apart(was, now)
+        if difference is None:
+            return None
+        if difference.fields:
+            what, old, new = difference.fields[0]
+            return f"{tensor}: the {what} was {old}, now it is {new}"
+        if difference.others:
+            return f"{tensor} is made of other tensors now"
+        made = [(of, name) for of, name in difference.contents if of in before and of in after]
+        for of, name in difference.contents:
+            if of not in before and of not in after:
+                return f"the source {of} holds another {name} than the one that was merged"
+        if not made or made[0] in seen:
+            return f"{tensor}: its parameters are others"
+        seen.add(made[0])
+        (of, tensor), *_ = made
+        stages = of, of

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kittybuild.checkpoint.folder import is_companion
 from kittybuild.checkpoint.opening import open_source
 from kittybuild.checkpoint.reading import read_companion
+from kittybuild.checkpoint.safetensors_file import read_safetensors
 from kittybuild.checkpoint.source import Entry
-from kittybuild.errors import SourceError, VerifyError
-from kittybuild.model.made import first_cause
+from kittybuild.errors import BuildError, SourceError, VerifyError
+from kittybuild.model.made import Derivations, first_cause
+from kittybuild.model.manifest import Manifest
 from kittybuild.publish.compare import (
     CLOSE,
     DIFFERENT,
@@ -28,8 +31,9 @@ from kittybuild.publish.compare import (
     compare_all,
     only,
 )
-from kittybuild.publish.provenance import Provenance, has_provenance, read_provenance
+from kittybuild.publish.provenance import has_provenance, read_provenance
 from kittybuild.recipe.changes import TextChange, text_changes
+from kittybuild.store.store import Store
 from kittybuild.tokens.chat import read_template
 from kittybuild.tokens.compare import Difference, compare
 from kittybuild.tokens.config import rows_in
@@ -43,14 +47,24 @@ _ANY_ROWS = 1 << 40
 
 
 @dataclass(frozen=True)
+class Told:
+    """What is told of a build: the stage, the text of its recipe, its lock, and what made each tensor."""
+
+    stage: str
+    text: str
+    lock: Mapping[str, Any]
+    derivations: Derivations
+
+
+@dataclass(frozen=True)
 class Side:
-    """One checkpoint: tensors, small files by name, config, and what its kittybuild.json says."""
+    """One checkpoint: tensors, small files by name, config, and what is told of how it was built."""
 
     where: str
     entries: Mapping[str, Entry]
     files: Mapping[str, bytes]
     config: Mapping[str, Any]
-    said: Provenance | None = None
+    said: Told | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -59,12 +73,38 @@ def open_side(where: str) -> Side:
     found = open_source(where)
     said, notes = None, found.notes
     try:
-        said = read_provenance(where) if has_provenance(where) else None
+        if has_provenance(where):
+            found_said = read_provenance(where)
+            said = Told(found_said.stage, found_said.text, found_said.lock, found_said.derivations)
     except VerifyError as error:
         notes = (*notes, str(error))
     files = {companion.name: read_companion(companion) for companion in found.companions}
     tensors = {entry.name: entry for entry in found.entries.values()}
     return Side(where, tensors, files, found.config or {}, said, notes)
+
+
+def kept_side(where: str, manifest: Manifest, said: Told, store: Store) -> Side:
+    """What a stage made, as the store keeps it. Raises BuildError KB506 for what it has lost."""
+    files = {}
+    for file in manifest.files:
+        data = store.read_file(file.digest)
+        if data is None:
+            raise BuildError("KB506", f"the store has lost the companion file {file.name}", hint="build again")
+        if is_companion(file.name):
+            files[file.name] = data
+    config = json.loads(files.get("config.json", b"{}"))
+    return Side(where, kept_entries(manifest, store), files, config, said)
+
+
+def kept_entries(manifest: Manifest, store: Store) -> dict[str, Entry]:
+    """Where the store keeps the tensors of an output. Raises BuildError KB506."""
+    found: dict[str, Entry] = {}
+    for shard in manifest.shards:
+        path = store.pack(shard.pack)
+        if path is None:
+            raise BuildError("KB506", f"the store has lost the pack {shard.pack}", hint="build again")
+        found |= read_safetensors(path)
+    return {tensor.name: found[tensor.name] for tensor in manifest.tensors}
 
 
 @dataclass(frozen=True)
@@ -170,12 +210,12 @@ def diff(one: Side, two: Side, *, memory: int, jobs: int) -> Diff:
     return Diff(tensors, files, tokens or None, template, recipe, cause, tuple(notes))
 
 
-def _cause(one: Provenance, two: Provenance, first: Compared) -> str:
+def _cause(one: Told, two: Told, first: Compared) -> str:
     """Why the first tensor that differs does, as both outputs tell it."""
-    sources = two.lock.get("sources", {})
-    for name, pin in one.lock.get("sources", {}).items():
+    sources = _sources(two)
+    for name, pin in _sources(one).items():
         other = sources.get(name, {})
-        if pin.get("read") == other.get("read") and pin.get("content") != other.get("content"):
+        if other and pin.get("read") == other.get("read") and pin.get("content") != other.get("content"):
             return f"the source {name} holds other tensors"
     stages = one.stage, two.stage
     made = [said.derivations.get(said.stage, {}).get(first.name) for said in (one, two)]
@@ -183,6 +223,12 @@ def _cause(one: Provenance, two: Provenance, first: Compared) -> str:
         return f"{first.name} is taken over from another place, or a side has it not"
     found = first_cause(one.derivations, two.derivations, stages, first.name)
     return found or f"{first.name}: one derivation, and other bits: one of them was changed after it was built"
+
+
+def _sources(told: Told) -> dict[str, dict[str, Any]]:
+    """The pins of a lock, which may be a stranger's."""
+    found = told.lock.get("sources") if isinstance(told.lock, dict) else None
+    return {name: pin for name, pin in found.items() if isinstance(pin, dict)} if isinstance(found, dict) else {}
 
 
 def _files(one: Mapping[str, bytes], two: Mapping[str, bytes]) -> Iterator[OtherFile]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.building import build, fresh, linear
-from tests.helpers import load_tensors, pico_llama, run_cli, save_tensors, write_json
+from tests.helpers import load_tensors, pico_llama, run_cli, save_tensors, write_json, write_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,9 +219,39 @@ class TestOutputs:
         edit(other, lambda tensors: none_of(tensors[NORM].add_(1)))
         assert "changed after it was built" in differing(one, other)["cause"]
 
+    def test_stages_are_compared_as_the_store_keeps_them(self, models: Path, tmp_path: Path) -> None:
+        uses = {"weight": [{"filter": UP, "value": 0.75}, {"value": 0.5}]}
+        soups = {
+            name: {"merge_method": "linear", "models": [{"model": "base", "parameters": {"weight": 0.5}}, happy]}
+            for name, happy in (
+                ("one", {"model": "happy", "parameters": {"weight": 0.5}}),
+                ("two", {"model": "happy", "parameters": uses}),
+            )
+        }
+        sources = {name: {"path": str(models / name)} for name in ("base", "happy")}
+        outputs = {name: {"folder": name} for name in soups}
+        form = {"kittybuild": 1, "sources": sources, "stages": soups, "outputs": outputs}
+        recipe = write_recipe(tmp_path, form)
+        store = ("--store", str(tmp_path / "store"))
+        (error,) = compared(Path(f"{recipe}:one"), tmp_path / "two", *store)[1]["errors"]
+        assert error["code"] == "KB711"
+        build(recipe, "one", *store)
+        (error,) = compared(Path(f"{recipe}:two"), tmp_path / "one", *store)[1]["errors"]
+        assert (error["code"], error["hint"]) == ("KB020", f"`kittybuild build {recipe} two` makes it")
+        build(recipe, *store)
+        (error,) = compared(Path(recipe), tmp_path / "one", *store)[1]["errors"]
+        assert (error["code"], error["hint"]) == ("KB001", f"name it: {recipe}:one")
+        assert compared(Path(f"{recipe}:one"), tmp_path / "one", *store)[0] == 0
+        document = differing(tmp_path / "one", Path(f"{recipe}:two"), *store)
+        assert [one["tensor"] for one in document["differences"]] == [UP]
+        assert document["cause"] == f"{UP}: its parameters are others"
+
     def test_a_damaged_telling_is_a_note(self, outputs: Callable[..., Path], tmp_path: Path) -> None:
         one = outputs("one", 0.5)
         other = Path(shutil.copytree(one, tmp_path / "other"))
+        story = json.loads((other / "kittybuild.json").read_text(encoding="utf-8"))
+        write_json(other / "kittybuild.json", {**story, "lock": [1]})
+        assert compared(other, outputs("two", 0.25))[0] == 6
         (other / "kittybuild.json").write_text("{}", encoding="utf-8")
         status, document = compared(one, other)
         assert status == 0

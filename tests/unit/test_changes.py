@@ -115,3 +115,11 @@ def test_the_first_cause_is_the_deepest() -> None:
     found = first_cause(before, {"soup": {"x": replace(later, version=3)}, "glad": {}}, stages, "x")
     assert found == "x: the version of linear was 1, now it is 3"
     assert first_cause(before, before, stages, "x") is None
+
+
+def test_tellings_that_lead_in_a_circle_end() -> None:
+    def circle(key: str) -> dict[str, dict[str, Made]]:
+        round_ = Made("linear", 1, "kitty-1", key * 64, (("soup", "x", key * 64),))
+        return {"soup": {"x": round_}}
+
+    assert first_cause(circle("1"), circle("2"), ("soup", "soup"), "x") == "x: its parameters are others"

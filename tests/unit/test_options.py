@@ -12,10 +12,11 @@ APART = {
     "--output": [["build", "why"], ["cache keygen"]],
     "--tensor": [["why"], ["verify"]],
     "--full": [["store check"], ["store repair"]],
-    "--older-than": [["store check"], ["store gc"]],
+    "--older-than": [["store check"], ["store gc"], ["cache gc"]],
+    "--drop": [["store roots"], ["cache roots"]],
 }
 """Words that mean something else in a command of another kind."""
-PROGRAMS = ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "merge-lora", "legacy")
+PROGRAMS = ("merge", "moe", "multi", "pytorch", "layershuffle", "tokensurgeon", "extract-lora", "merge-lora", "legacy")
 
 
 def commands(group: click.Group = main, before: str = "") -> Iterator[tuple[str, click.Command]]:
