@@ -51,7 +51,7 @@ def command(
 ) -> dict[str, Any]:
     """Show what changed since the last build of RECIPE's outputs (or of the STAGEs), and what a build would compute."""
     builders = load(files)
-    parsed = api.read_recipe(recipe, builders, numerics)
+    parsed = api.read_recipe(recipe, builders, numerics, offline)
     caches = offers(recipe, note, **asked)
     prepared = api.prepare(parsed, stages, output, builders, capability(), offline, caches=caches is not None)
     folder = store_folder(store, recipe)
