@@ -115,7 +115,7 @@ def _before(
     then: Lowered | None = now
     if texts or last.numerics != recipe.numerics or last.stage not in prepared.wanted:
         try:
-            old = recipe_of(last.text, recipe.file, builders, last.numerics)
+            old = recipe_of(last.text, recipe.file, builders, last.numerics, offline=True)
             again = prepare(old, (last.stage,), None, builders, capability, offline=True, lock=prepared.pins)
             known = plan(again, None, builders)  # only what it says is compared, and not what is known of it
             then = _lowered(again, builders, plan(again, store, builders) if known.plan.open else known)
