@@ -1,4 +1,4 @@
-"""The mixture of the quickstart's two moods on real weights: it answers, its experts differ, and its router knows them."""
+"""The mixture of the quickstart's two moods on real weights: its experts differ, and its router knows them apart."""
 
 from __future__ import annotations
 
