@@ -45,8 +45,8 @@ HEAD_LINES = (
     "Written by `python -m tests.parity.programs`, whose docstring says what `bits`, `near`, `adapter` and `structure`",
     "mean. The same words behind both programs, but that ours are told `--numerics mergekit-0.1.5` for `bits`.",
     "",
-    "| command | peer | folder | tensors | compared by | verdict |",
-    "|---|---|---|---:|---|---|",
+    "| command | peer | tensors | compared by | verdict |",
+    "|---|---|---:|---|---|",
 )
 CONFIGS = {
     "ties.yml": """
@@ -98,14 +98,14 @@ CONFIGS = {
 class Case:
     """One command: `words` are all behind the program's name, the same for the peer's.
 
-    `judge` says what differs between what lies in `folder` of both. `peer`: whose program it is.
+    `judge` says what differs between what lies in a folder of both, for each of `folders`. `peer`: whose program it is.
     """
 
     program: str
     words: tuple[str, ...]
     judge: Callable[[Path, Path], str]
     counts: str
-    folder: str = "out"
+    folders: tuple[str, ...] = ("out",)
     peer: str = "mergekit"
     exact: bool = True
 
@@ -208,9 +208,8 @@ def cases() -> list[Case]:
     made = [
         Case("merge", ("ties.yml", "out", "--out-shard-size", "50k"), same_bits, "bits"),
         Case("merge", ("slices.yml", "out", "--clone-tensors"), same_bits, "bits"),
-        *(
-            Case("multi", ("multi.yml", "--out-path", "out", "-I", "mid"), same_bits, "bits", folder=folder)
-            for folder in ("out", "mid/soup", "mid/lerp")
+        Case(
+            "multi", ("multi.yml", "--out-path", "out", "-I", "mid"), same_bits, "bits", ("out", "mid/soup", "mid/lerp")
         ),
         *(Case("pytorch", ("files.yml", "out", option), same_bits, "bits") for option in ("-i", "-u")),
         *(Case("legacy", words, same_bits, "bits") for words in LEGACY),
@@ -277,7 +276,8 @@ def compared(case: Case, models: Path, environment: str) -> tuple[int, str]:
             shutil.copytree(models, folder)
         call(case.command, ours)
         call(case.called(environment, theirs), theirs)
-        return len(load_tensors(theirs / case.folder)), case.judge(ours / case.folder, theirs / case.folder)
+        problems = [case.judge(ours / folder, theirs / folder) for folder in case.folders]
+        return sum(len(load_tensors(theirs / folder)) for folder in case.folders), "; ".join(filter(None, problems))
 
 
 def main() -> int:
@@ -299,7 +299,7 @@ def main() -> int:
                 continue
             count, problem = compared(case, Path(models), os.path.abspath(environment))
             failed += bool(problem)
-            lines.append(f"| `{words}` | {case.peer} | `{case.folder}` | {count} | {case.counts} | {problem or 'ok'} |")
+            lines.append(f"| `{words}` | {case.peer} | {count} | {case.counts} | {problem or 'ok'} |")
             print(lines[-1], flush=True)
     if arguments.write:
         arguments.write.write_text("\n".join([*HEAD_LINES, *lines]) + "\n", encoding="utf-8")
