@@ -20,7 +20,6 @@ Hub for `base`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from tests.helpers import load_tensors, noise, pico_adapter, pico_llama, save_tensors, write_recipe, write_tokenizer
 from tests.mixtures import pico
+from tests.parity.command import parser_beside
 from tests.parity.parity import call
 from tests.surgery import EMBEDDING, HEAD, tokenizers, write
 
@@ -282,11 +282,8 @@ def compared(case: Case, models: Path, environment: str) -> tuple[int, str]:
 
 def main() -> int:
     """Run all cases, print a line each, return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--mergekit", required=True, help="the environment with mergekit==0.1.5")
-    parser.add_argument("--mergekitty", help="the one with mergekitty")
-    parser.add_argument("--only", default="", help="only the cases with this among their words")
-    parser.add_argument("--write", type=Path, help="write the table to this file, too")
+    parser = parser_beside(__doc__)
+    parser.add_argument("--mergekitty", help="the environment with mergekitty; without it, its programs are left out")
     arguments = parser.parse_args()
     peers = {"mergekit": arguments.mergekit, "mergekitty": arguments.mergekitty}
     lines, failed = [], 0
@@ -295,7 +292,7 @@ def main() -> int:
         for case in cases():
             environment = peers[case.peer]
             words = " ".join((case.program, *case.words))
-            if environment is None or arguments.only not in words:
+            if environment is None or not arguments.only.search(words):
                 continue
             count, problem = compared(case, Path(models), os.path.abspath(environment))
             failed += bool(problem)
