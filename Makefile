@@ -78,6 +78,7 @@ parity: venv weights $(PEERS:%=.venv-%/stamp)  ## compare merges with mergekit a
 	$(BIN)/python -m tests.parity.moe $(BESIDE)/MOE.md
 	$(BIN)/python -m tests.parity.real_models $(BESIDE)/REAL.md
 	$(BIN)/python -m tests.parity.reproduce $(BESIDE)/REPRODUCE.md
+	$(BIN)/python -m tests.parity.programs --mergekitty .venv-mergekitty-0.3 $(BESIDE)/PROGRAMS.md
 	$(BIN)/python -m tests.parity.exact $(foreach peer,$(PEERS),--peer $(peer)=.venv-$(peer)) --only '$(ONLY)' --write $(TABLES)/EXACT.md
 
 clean:  ## remove .venv, caches and build outputs; built models (out/) and the store stay

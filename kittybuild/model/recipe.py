@@ -374,9 +374,10 @@ class Decomposition:
 class ExtractLoraStage:
     """The difference of a model from its base as a PEFT adapter.
 
-    `include`, `exclude`: patterns searched in the names of modules. `embeddings`: their tables as factors, saved whole,
-    or left out. `others`: what no factors can hold (norms, biases), saved or left out. `saved`: names of modules, or
-    their last parts, that are saved whole. `transposed`: weights are stored [in, out]; None: as the config tells.
+    `include`, `exclude`: patterns searched in the names of modules. `embeddings`: their tables and the head as factors,
+    saved whole, or left out. `others`: what no factors can hold (norms, biases), saved or left out. `saved`: names of
+    modules, or their last parts, that are saved whole. `transposed`: weights are stored [in, out]; None: as the config
+    tells.
     """
 
     name: str

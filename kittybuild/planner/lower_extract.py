@@ -152,7 +152,7 @@ def _chosen(stage: ExtractLoraStage, model: View, base: View) -> Extraction:
         elif not _included(stage, module):
             continue
         elif kind := _kind(name, model.tensors[name].spec):
-            if kind == "embedding" and stage.embeddings != "lora":
+            if (kind == "embedding" or is_vocabulary(name)) and stage.embeddings != "lora":
                 _save(found, name, model) if stage.embeddings == "save" else None
                 continue
             turned = kind == "embedding" or (kind == "linear" and _transposed(stage, base))
