@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kittybuild.store.remote.names import CAS, INFO, KINDS
+from kittybuild.store.remote.names import CAS, INFO, KINDS, ROOTS
 from kittybuild.store.store import Store
 from tests.building import ROOT, contents
 from tests.caches import Machine, counts, machine, signer
@@ -43,7 +43,7 @@ class World:
         with Store.open(str(self.second.store), disk=UnsyncedDisk()) as store:
             with store.write_pack((s.name, s.spec) for s in THREE) as writer:
                 fill(writer, THREE[:2])
-            assert store.claims.take(THREE[0].ref.digest)
+            assert store.leases.take(THREE[0].ref.digest)
         with sqlite3.connect(self.second.store / "index/cache.db") as base:  # all of it in one file
             base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         base.close()
@@ -120,7 +120,7 @@ def test_damage_to_any_file_of_a_store(kind: str, how: str, world: World) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["flip", "cut"])
-@pytest.mark.parametrize("kind", [CAS, *KINDS, INFO])
+@pytest.mark.parametrize("kind", [CAS, *KINDS, ROOTS, INFO])
 def test_damage_to_any_file_of_a_cache_is_a_miss(kind: str, how: str, world: World, tmp_path: Path) -> None:
     cache = shutil.copytree(world.cache, tmp_path / "cache")
     for path in [*(cache / kind).rglob("*"), cache / kind]:
