@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kittybuild.digest import Digest, Json, canonical, tagged
 from kittybuild.model import merkle
 from kittybuild.tensors import TensorRef
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,17 @@ class Manifest:
                 raise ValueError(f"a manifest of format {form['kittybuild.manifest']!r}")
             return cls(
                 tuple(
-                    ManifestTensor(name, TensorRef.from_json(ref), Digest(key) if key else None)
+                    ManifestTensor(_plain(name, str), TensorRef.from_json(ref), Digest(key) if key else None)
                     for name, *ref, key in form["tensors"]
                 ),
-                tuple(ManifestShard(Digest(pack), size, tuple(names)) for pack, size, names in form["shards"]),
-                tuple(ManifestFile(name, Digest(digest), size) for name, digest, size in form["files"]),
+                tuple(
+                    ManifestShard(Digest(pack), _plain(size, int), tuple(_plain(name, str) for name in names))
+                    for pack, size, names in form["shards"]
+                ),
+                tuple(
+                    ManifestFile(_plain(name, str), Digest(digest), _plain(size, int))
+                    for name, digest, size in form["files"]
+                ),
                 tuple(sorted((name, int(count)) for name, count in form.get("nonfinite", {}).items())),
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -92,6 +101,12 @@ class Manifest:
     def root(self) -> Digest:
         """The Merkle root over its tensors."""
         return merkle.root({tensor.name: tensor.ref for tensor in self.tensors})
+
+
+def _plain(value: Any, kind: type[T]) -> T:
+    if type(value) is not kind:
+        raise ValueError(f"not a manifest: {value!r:.80} is not one {kind.__name__}")
+    return value
 
 
 def pack_digest(tensors: tuple[tuple[str, TensorRef], ...]) -> Digest:

@@ -72,7 +72,10 @@ def _value(line: bytes) -> Json:
     checksum, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum != xxh3_64_hexdigest(text).encode():
         return None
-    value: Json = json.loads(text)
+    try:
+        value: Json = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
     return value
 
 

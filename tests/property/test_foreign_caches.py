@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from kittybuild.checkpoint.sources.hub import told_pin
+from kittybuild.checkpoint.sources.web import Web
 from kittybuild.cli.settings import project_settings
 from kittybuild.digest import Digest, canonical
 from kittybuild.model.manifest import Manifest
@@ -128,6 +130,34 @@ class Rooted(One):
         return iter([Listed(ROOT.place, 1, 0.0)])
 
 
+class Answered(Web):
+    """The Hub, whose answer is in a file; it is read as the client reads it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def client(self) -> Answered:
+        return self
+
+    def model_info(self, repository: str, **_: object) -> object:
+        from huggingface_hub.hf_api import ModelInfo
+
+        return ModelInfo(**json.loads(self.path.read_bytes()))
+
+
+LFS = {"size": 10, "sha256": SHA256, "pointerSize": 130}
+REPOSITORY = {
+    "id": "org/base",
+    "sha": "ab" * 20,
+    "createdAt": "2024-01-01T00:00:00.000Z",
+    "siblings": [
+        {"rfilename": "model.safetensors", "size": 10, "blobId": "cd" * 20, "lfs": LFS},
+        {"rfilename": "config.json", "size": 2, "blobId": "ef" * 20},
+    ],
+}
+
+
 def stored(folder: Path) -> None:
     base = pico_llama(folder / "base", 0, layers=1, width=8)
     other = pico_llama(folder / "other", 1, base=base)
@@ -191,6 +221,8 @@ TABLE = (
             (Unreachable,)),
     Foreign("public keys", "x", BYTES, holding(str(KEY.public).encode()), lambda f: trusted_keys([str(f / "x")]), 150),
     Foreign("secret key", "x", BYTES, lambda f: KEY.write(str(f / "x")), lambda f: SigningKey.read(str(f / "x")), 150),
+    Foreign("answer of the Hub", "x", JSON, holding(json.dumps(REPOSITORY).encode()),
+            lambda f: told_pin({"hub": "org/base"}, Answered(f / "x")), 150),
     Foreign("settings", "kittybuild.yml", JSON, lambda f: (f / "kittybuild.yml").write_text(
         json.dumps({"store": "x", "substituters": ["s3://x", "y"], "trusted": []})), lambda f: project_settings(
             str(f / "recipe.yml")), 150),

@@ -16,7 +16,7 @@ from kittybuild.checkpoint.safetensors_file import LONGEST_HEADER
 from kittybuild.checkpoint.source import Checkpoint, Entry, FileId
 from kittybuild.checkpoint.sources.cached import Cached, digests
 from kittybuild.checkpoint.sources.ranges import Range
-from kittybuild.checkpoint.sources.web import Web
+from kittybuild.checkpoint.sources.web import Web, nonsense
 from kittybuild.errors import KittybuildError, SourceError
 from kittybuild.model.lock import FilePin, Pin
 
@@ -27,6 +27,11 @@ _GGUF_FIRST, _GGUF_MOST = 1 << 22, 1 << 28
 
 def pin_repository(words: dict[str, str], web: Web) -> Pin:
     """The pin of what `words` (hub, revision, file) name now: its commit, and all its files. Raises SourceError."""
+    return _with_contents(told_pin(words, web), web)
+
+
+def told_pin(words: dict[str, str], web: Web) -> Pin:
+    """The same as the Hub tells it, where small files have no SHA-256. Raises SourceError."""
     repository = words["hub"]
     info = web.info(repository, words.get("revision"))
     files = []
@@ -38,12 +43,9 @@ def pin_repository(words: dict[str, str], web: Web) -> Pin:
                 FilePin(sibling.rfilename, size, lfs.sha256 if lfs else None, None if lfs else sibling.blob_id)
             )
         pin = Pin(words, tuple(files), {"commit": info.sha, "repository": info.id})
-        pin = Pin.from_json(pin.to_json())  # as strictly as a lock is read
+        return Pin.from_json(pin.to_json())  # as strictly as a lock is read
     except (ValueError, TypeError, AttributeError) as error:
-        hint = "try again later; if it stays so, the repository or a proxy on the way is broken"
-        why = f": {error}" if isinstance(error, ValueError) else ""
-        raise SourceError("KB257", f"the Hub's answer on {repository} makes no sense{why}", hint=hint) from error
-    return _with_contents(pin, web)
+        raise nonsense(repository, f": {error}" if isinstance(error, ValueError) else "") from error
 
 
 def _with_contents(pin: Pin, web: Web) -> Pin:

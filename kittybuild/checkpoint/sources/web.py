@@ -62,17 +62,28 @@ class Web:
     def ask(self, what: str, question: Callable[[Any], Any]) -> Any:
         """What `question` answers, given the client's HfApi; what may pass is asked again. Raises SourceError."""
         self._need(what)
-        from huggingface_hub import HfApi
-
-        api = HfApi(library_name="kittybuild", library_version=__version__)
-        failures = 0
+        api, failures = self.client(), 0
         while True:
             try:
                 with _told(what):
                     return question(api)
+            except (
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+                RecursionError,
+            ) as error:  # the client's parsing
+                raise nonsense(what) from error
             except _Again as again:
                 failures += 1
                 self._wait(again, failures)
+
+    def client(self) -> Any:
+        """The client for all but the bytes of files."""
+        from huggingface_hub import HfApi
+
+        return HfApi(library_name="kittybuild", library_version=__version__)
 
     def read(self, file: Resource, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
         """The bytes from `start` to `stop` of a file, as (offset, bytes); a cut answer is gone on with.
@@ -152,6 +163,12 @@ def differs(file: Resource, what: str) -> SourceError:
     """The error for a file that is not what its pin says."""
     hint = "nothing of it was used. If the change is meant, move the pin with `kittybuild lock RECIPE --update NAME`"
     return SourceError("KB256", f"{file} is not what the lock says: {what} differs", hint=hint)
+
+
+def nonsense(what: str, why: str = "") -> SourceError:
+    """The error for an answer that is none."""
+    hint = "try again later; if it stays so, the repository or a proxy on the way is broken"
+    return SourceError("KB257", f"the Hub's answer on {what} makes no sense{why}", hint=hint)
 
 
 def _lies(file: Resource, message: str) -> SourceError:
