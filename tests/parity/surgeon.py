@@ -9,11 +9,11 @@ once), copied rows too. Not compared are random methods; with `prefix_match` spe
 no texts here and have no beginnings; tokens with `▁`, which mergekit takes for no space here; and bytes whose letter is
 another sign, such as `Ċ` for `<0x0A>`, which it does not know.
 
-`stb` and `mp_rope` fail in mergekit for want of a value, which they are given here: `stb` gets its `k`, and `mp_rope` the
-`rope_theta` that transformers 5 keeps elsewhere. `landmark_pca` there turns rows by the transpose of the rotation that
-it finds, so that signs which a random decomposition gives to axes decide; it is compared where the shared rows of both
-tables are equal (`equal rows`), and the rotation is its own transpose. It and `stb` solve in float32 what is not well
-conditioned in these tables: their rows are equal to within 2**-13 (`landmark_pca`) and 2**-11 (`stb`).
+`stb` and `mp_rope` fail in mergekit for want of a value, which they are given here: `stb` gets its `k`, and `mp_rope`
+the `rope_theta` that transformers 5 keeps elsewhere. `landmark_pca` there turns rows by the transpose of the rotation
+that it finds, so that signs which a random decomposition gives to axes decide; it is compared where the shared rows of
+both tables are equal (`equal rows`), and the rotation is its own transpose. It and `stb` solve in float32 what is not
+well conditioned in these tables: their rows are equal to within 2**-13 (`landmark_pca`) and 2**-11 (`stb`).
 """
 
 from __future__ import annotations
