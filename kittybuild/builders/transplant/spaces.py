@@ -5,10 +5,12 @@ Signs of axes take no part: what is made of them is the same with each turned ro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Job
 from kittybuild.builders.transplant.pursuit import Atoms, pursued
+from kittybuild.builders.transplant.sums import mean_row
 from kittybuild.builders.transplant.table import Make, Shared, builder
 
 if TYPE_CHECKING:
@@ -45,24 +47,27 @@ def axes(products: Array) -> Array:
 
 
 def _sparse_basis(job: Job, shared: Shared) -> Make:
-    """Each main axis of the shared tokens' rows in the donor's table, as many as both tables have columns, as a
-    combination of `k` of them (by orthogonal matching pursuit, around their mean). The same combinations of rows as
-    they are make a basis in each table; a row's coordinates in one, by least squares, are those of the new row."""
+    """Each main axis of the shared tokens' rows in the narrower table (else the model's) as a combination of `k` of
+    them (by orthogonal matching pursuit, around their mean). The same combinations of rows as they are make a basis in
+    each table; a row's coordinates in the donor's, by least squares, are those of the new row in the model's. Both rows
+    are seen from the mean of all rows of their table."""
     import numpy as np
 
-    centre = sum(shared.of_donor(shared.theirs[part]).sum(0) for part in shared.parts()) / len(shared.theirs)
-    atoms = Atoms(shared, centre)
+    assert shared.donor is not None
+    atoms = Atoms(shared.model, shared.ours)
+    if shared.donor.shape[1] < shared.model.shape[1]:
+        atoms = Atoms.of_donor(shared)
+    centre = sum(atoms(part).sum(0) for part in shared.parts()) / len(shared.ours)
+    atoms = replace(atoms, centre=centre)
     products = np.zeros((len(centre), len(centre)))
     for part in shared.parts():
         some = atoms(part)
         products += some.T @ some
-    main = axes(products)[: min(len(centre), shared.model.shape[1])]
-    chosen, weights = pursued(main, atoms, job.params["k"])
-    basis = np.stack(
-        [weight @ shared.of_donor(shared.theirs[some]) for some, weight in zip(chosen, weights, strict=True)]
-    )
-    turn = np.linalg.pinv(basis) @ shared.combined(chosen, weights)
-    return lambda rows: shared.of_donor(rows) @ turn
+    chosen, weights = pursued(axes(products), atoms, job.params["k"])
+    theirs = [weight @ shared.of_donor(shared.theirs[some]) for some, weight in zip(chosen, weights, strict=True)]
+    turn = np.linalg.pinv(np.stack(theirs)) @ shared.combined(chosen, weights)
+    from_, to = mean_row(shared.donor), mean_row(shared.model)
+    return lambda rows: (shared.of_donor(rows) - from_) @ turn + to
 
 
 LANDMARK_PCA = builder("landmark_pca", _landmark_pca, version=2, machine=True)
