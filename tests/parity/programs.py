@@ -21,7 +21,6 @@ Hub for `base`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from tests.helpers import load_tensors, noise, pico_adapter, pico_llama, save_tensors, write_recipe, write_tokenizer
 from tests.mixtures import pico
-from tests.parity.command import parser_beside
+from tests.parity.command import environment_at, parser_beside
 from tests.parity.parity import call
 from tests.surgery import EMBEDDING, HEAD, tokenizers, write
 
@@ -283,7 +282,8 @@ def compared(case: Case, models: Path, environment: str) -> tuple[int, str]:
 def main() -> int:
     """Run all cases, print a line each, return the exit status."""
     parser = parser_beside(__doc__)
-    parser.add_argument("--mergekitty", help="the environment with mergekitty; without it, its programs are left out")
+    help_ = "the environment with mergekitty; without it, its programs are left out"
+    parser.add_argument("--mergekitty", type=environment_at, metavar="DIR", help=help_)
     arguments = parser.parse_args()
     peers = {"mergekit": arguments.mergekit, "mergekitty": arguments.mergekitty}
     lines, failed = [], 0
@@ -294,7 +294,7 @@ def main() -> int:
             words = " ".join((case.program, *case.words))
             if environment is None or not arguments.only.search(words):
                 continue
-            count, problem = compared(case, Path(models), os.path.abspath(environment))
+            count, problem = compared(case, Path(models), environment)
             failed += bool(problem)
             lines.append(f"| `{words}` | {case.peer} | {count} | {case.counts} | {problem or 'ok'} |")
             print(lines[-1], flush=True)
