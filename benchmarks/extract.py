@@ -11,17 +11,12 @@ Behind the table: the share of the differences that each adapter keeps, by its f
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
-from benchmarks.siblings import LLAMA_1B, LLAMA_54M, make_siblings
-from benchmarks.timing import Run, in_turn, run, table
+from benchmarks.sides import kittybuild, mergekit, parser, siblings
+from benchmarks.timing import in_turn, table
 
 RANK = 32
 RECIPE = """\
@@ -61,39 +56,23 @@ def kept(base: str, tuned: str, adapter: str) -> float:
 
 def main() -> None:
     """Make the models once, run the tools in turn, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment with mergekit==0.1.5")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=os.path.join(tempfile.gettempdir(), "kittybuild-bench"))
-    parser.add_argument("--large", action="store_true", help="1.1B parameters")
-    options = parser.parse_args()
-    size, shape = ("1b", LLAMA_1B) if options.large else ("54m", LLAMA_54M)
-    with ProcessPoolExecutor(1) as maker:  # a child's peak memory counts from its parent's: stay small
-        base, tuned = maker.submit(make_siblings, os.path.join(options.folder, size), shape, 2).result()
-    outs = {name: os.path.join(options.folder, f"extracted-{name}") for name in ("mergekit", "exact", "randomized")}
-
-    def kittybuild(svd: str) -> Callable[[], Run]:
+    arguments = parser(__doc__)
+    arguments.add_argument("--large", action="store_true", help="1.1B parameters instead of 54M")
+    options = arguments.parse_args()
+    base, tuned = siblings(options.folder, 2, large=options.large)
+    solvers = ["randomized"] if options.large else ["exact", "randomized"]
+    outs = {name: os.path.join(options.folder, f"extracted-{name}") for name in ("mergekit", *solvers)}
+    commands = {}
+    if options.mergekit:
+        models = ["--model", tuned, "--base-model", base, "--out-path", outs["mergekit"], "--max-rank", str(RANK)]
+        rest = ["-e", "embed_tokens", "-e", "lm_head", "--skip-undecomposable"]
+        tool = mergekit(options.mergekit, "mergekit-extract-lora", *models, *rest, out=outs["mergekit"])
+        commands["mergekit"] = tool
+    for svd in solvers:
         config, store = os.path.join(options.folder, f"{svd}.yml"), os.path.join(options.folder, "store-extract")
         with open(config, "w", encoding="utf-8") as file:
             file.write(RECIPE.format(tuned=tuned, base=base, rank=RANK, svd=svd))
-
-        def once() -> Run:
-            shutil.rmtree(outs[svd], ignore_errors=True)
-            shutil.rmtree(store, ignore_errors=True)
-            return run(
-                [sys.executable, "-m", "kittybuild", "build", config, "-o", outs[svd], "--store", store, "--json"]
-            )
-
-        return once
-
-    def mergekit() -> Run:
-        shutil.rmtree(outs["mergekit"], ignore_errors=True)
-        tool = os.path.join(options.mergekit, "bin", "mergekit-extract-lora")
-        models = ["--model", tuned, "--base-model", base, "--out-path", outs["mergekit"], "--max-rank", str(RANK)]
-        return run([tool, *models, "-e", "embed_tokens", "-e", "lm_head", "--skip-undecomposable", "--quiet"])
-
-    commands = {"mergekit": mergekit} if options.mergekit else {}
-    commands |= {svd: kittybuild(svd) for svd in (["randomized"] if options.large else ["exact", "randomized"])}
+        commands[svd] = kittybuild(config, outs[svd], store)
     results = in_turn(commands, options.rounds, [base, tuned])
     print(table(results, next(iter(results))))
     with ProcessPoolExecutor(1) as judge:
