@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 
-from kittybuild.cli.common import JSON, STORE, Duration, Found, amount, answers, store_folder
+from kittybuild.cli.caches import caches_options, offers
+from kittybuild.cli.common import JSON, STORE, Duration, Found, amount, answers, cores, note, store_folder
 from kittybuild.cli.store_open import existing
 from kittybuild.errors import KittybuildError, StoreError
+from kittybuild.planner.offers import Offers
 from kittybuild.store.check import Damage, Extent
 from kittybuild.store.store import Root, Store
+
+Ask = Callable[[str], Offers | None]
+"""What caches offer for a recipe."""
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]
@@ -56,14 +63,17 @@ def check(store: str | None, full: bool, sample: float, older_than: float, as_js
 @STORE
 @click.option("--full", is_flag=True, help="Look for damage by BLAKE3, not by the quicker XXH3.")
 @click.option("--no-build", is_flag=True, help="Do not build the outputs that are hurt again.")
+@caches_options
 @JSON
 @answers
-def repair(store: str | None, full: bool, no_build: bool, as_json: bool) -> dict[str, Any]:
-    """Set aside what is damaged, and make it again: from other copies, else by building; else name what is hurt."""
+def repair(store: str | None, full: bool, no_build: bool, as_json: bool, **asked: Any) -> dict[str, Any]:
+    """Set aside what is damaged, and make it again: from other copies, else fetched from caches or built; else name
+    what is hurt.
+    """
     mended = Store.mend_format(store_folder(store, None))
     with existing(store, to_clean=True) as opened:
         done = opened.repair(Extent(full))
-        built, hurt = _build(opened, done.hurt, wanted=not no_build)
+        built, hurt = _build(opened, done.hurt, None if no_build else partial(offers, note=note, **asked))
     document = {
         "format_mended": mended,
         "damage": _shown(done.damage),
@@ -82,12 +92,12 @@ def repair(store: str | None, full: bool, no_build: bool, as_json: bool) -> dict
     return {"ok": True, **document}
 
 
-def _build(store: Store, roots: tuple[Root, ...], *, wanted: bool) -> tuple[list[Root], dict[Root, str]]:
+def _build(store: Store, roots: tuple[Root, ...], ask: Ask | None) -> tuple[list[Root], dict[Root, str]]:
     """Build outputs again where their recipe is still the one that made them; those that are built, and the others."""
     built, hurt = [], {}
     for root in roots:
         try:
-            why = _rebuilt(store, root) if wanted else "not built again, as you asked"
+            why = _rebuilt(store, root, ask) if ask else "not built again, as you asked"
         except KittybuildError as error:
             why = f"its build failed: {error.code}: {error.message}"
         if why is None:
@@ -97,19 +107,19 @@ def _build(store: Store, roots: tuple[Root, ...], *, wanted: bool) -> tuple[list
     return built, hurt
 
 
-def _rebuilt(store: Store, root: Root) -> str | None:
+def _rebuilt(store: Store, root: Root, ask: Ask) -> str | None:
     """Build one output from its recipe; the answer is why that could not be done."""
     from kittybuild import api
 
     if root.recipe is None:
         return "its recipe is not known"
-    recipe = api.read_recipe(root.recipe)
-    alone = api.prepare(recipe, (root.name,), root.folder)
+    recipe, caches = api.read_recipe(root.recipe), ask(root.recipe)
+    alone = api.prepare(recipe, (root.name,), root.folder, caches=caches is not None)
     # The keys of stages depend on what was built together: this output, or all of the recipe.
-    together = api.prepare(recipe) if root.name in recipe.outputs else alone
+    together = api.prepare(recipe, caches=caches is not None) if root.name in recipe.outputs else alone
     if root.manifest not in {store.shortcut(prepared.keys[root.name]) for prepared in (alone, together)}:
         return "its recipe, or a source, has changed since"
-    api.build(alone, store)
+    api.build(alone, store, jobs=cores(), offers=caches)
     return None
 
 

@@ -465,3 +465,21 @@ def test_a_build_without_caches_loads_neither_obstore_nor_cryptography(second: M
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_repair_fetches_what_is_damaged_where_there_are_no_weights(
+    pushed: tuple[Machine, Path], tmp_path: Path, ask: tuple[str | Path, ...]
+) -> None:
+    two = pushed[0].like(tmp_path / "bare", weights=False)
+    two.build(*ask)
+    for pack in two.store.glob("packs/*/*.safetensors"):
+        data = bytearray(pack.read_bytes())
+        data[-1] ^= 1
+        pack.chmod(0o644)
+        pack.write_bytes(data)
+    status, alone = run_cli("store", "repair", "--store", two.store)
+    assert (status, alone["errors"][0]["code"]) == (7, "KB712")
+    status, document = run_cli("store", "repair", "--store", two.store, *ask)
+    assert status == 0, document
+    assert {output["output"] for output in document["built"]} == {"soup", "copy"}
+    assert same(pushed[0], two)
