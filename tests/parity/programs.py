@@ -166,7 +166,7 @@ def _same_config(ours: Path, theirs: Path) -> str:
     found, wanted = (json.loads((each / "adapter_config.json").read_text()) for each in (ours, theirs))
     scales = [
         dict.fromkeys(("all",), each["lora_alpha"] / each["r"])
-        | {key: alpha / each["rank_pattern"][key] for key, alpha in each["alpha_pattern"].items()}
+        | {key: alpha / each["rank_pattern"][key] for key, alpha in each["alpha_pattern"].items() if alpha}
         for each in (found, wanted)
     ]
     if any(scale != 1 for each in scales for scale in each.values()):
