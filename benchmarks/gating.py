@@ -56,7 +56,7 @@ def _write_weights(path: str, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(start + end)
         for seed, (name, sides) in enumerate(shapes.items()):
             rows = 1 if len(sides) == 1 else WORDS if "embed" in name else ROWS
-            drawn = np.random.Generator(np.random.Philox(seed)).standard_normal((rows, sides[-1]), np.float32)
+            drawn: Any = np.random.Generator(np.random.Philox(seed)).standard_normal((rows, sides[-1]), np.float32)
             drawn = 1 + drawn / 10 if len(sides) == 1 else drawn / math.sqrt(sides[-1])
             file.seek(start + header[name]["data_offsets"][0])
             file.write(drawn.astype(ml_dtypes.bfloat16).tobytes())

@@ -86,6 +86,7 @@ CONFIGS = {
         architecture: mixtral
         experts_per_token: 2
         dtype: float32
+        layout: fused
         experts:
           - {source_model: m1, positive_prompts: ["w3 w4", "w5 w6 w7"], negative_prompts: ["w40"]}
           - {source_model: m2, positive_prompts: ["w20 w22", "w24"]}
@@ -141,7 +142,7 @@ def near(ours: Path, theirs: Path) -> str:
 
 def adapters(ours: Path, theirs: Path) -> str:
     """What two adapters add, and what they say of themselves."""
-    found, wanted = load_tensors(ours), load_tensors(theirs)
+    found, wanted = load_tensors(ours), {n: t for n, t in load_tensors(theirs).items() if t.numel()}  # of rank 0
     base = {f"base_model.model.{name}": t for name, t in load_tensors(ours.parent / "base").items()}
     more = [n for n in wanted.keys() - found.keys() if n not in base or not torch.equal(wanted[n], base[n])]
     if more or found.keys() - wanted.keys():
@@ -165,7 +166,7 @@ def _same_config(ours: Path, theirs: Path) -> str:
     found, wanted = (json.loads((each / "adapter_config.json").read_text()) for each in (ours, theirs))
     scales = [
         dict.fromkeys(("all",), each["lora_alpha"] / each["r"])
-        | {key: alpha / each["rank_pattern"][key] for key, alpha in each["alpha_pattern"].items()}
+        | {key: alpha / each["rank_pattern"][key] for key, alpha in each["alpha_pattern"].items() if alpha}
         for each in (found, wanted)
     ]
     if any(scale != 1 for each in scales for scale in each.values()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ OUT, INNER, RANK = 450, 500, 32
 def decomposed(matrix: Tensor, rank: int, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u, the singular values, v, and the norms of what is left, in float64."""
     out, inner = matrix.shape
-    params = {"transposed": False, "double": matrix.dtype is torch.float64}
+    params: dict[str, Any] = {"transposed": False, "double": matrix.dtype is torch.float64}
     params |= {"iterations": iterations, "seed": 0, "tensor": "a"}
     rows = make("svd_randomized", [matrix], params, shape=(rank, out + inner + 2)).tensor.double()
     return rows[:, :out], rows[:, -2], rows[:, out:-2], rows[:, -1]
@@ -29,7 +31,8 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 def rotated(values: Tensor) -> Tensor:
     """A matrix with these singular values."""
     left, right = (torch.linalg.qr(normal(side, len(values), seed=side))[0] for side in (OUT, INNER))
-    return (left * values) @ right.T
+    found: Tensor = (left * values) @ right.T
+    return found
 
 
 SINGLE = torch.zeros(OUT, INNER, dtype=torch.float64)
