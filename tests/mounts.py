@@ -49,9 +49,13 @@ def small_disk(folder: Path, kind: str, size: int) -> Iterator[Path]:
 def fill(disk: Path, room: int = 0) -> None:
     """Fill a disk to the brim, but for so many bytes (to the block)."""
     with open(disk / "ballast", "ab", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            while _fits(file, bytes(size)):
-                pass
+        before = -1
+        while file.tell() > before:  # what was deleted lately may be free only after the next commit
+            before = file.tell()
+            for size in (1 << 20, 1 << 12, 1):
+                while _fits(file, bytes(size)):
+                    pass
+            os.fsync(file.fileno())
         os.truncate(file.fileno(), file.tell() - room)
         os.fsync(file.fileno())
 

@@ -176,6 +176,8 @@ class _Reader:
     def enter(self, node: yaml.Node) -> None:
         if id(node) in self.open:
             raise self.fail(node, "an alias that contains itself", "write the value out")
+        if len(self.open) >= DEEPEST:
+            raise self.fail(node, f"more than {DEEPEST} values inside each other", "write it flatter")
         self.open.add(id(node))
 
     def check_tag(self, node: yaml.Node) -> None:
