@@ -21,7 +21,7 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.siblings import Shape, tensor_shapes
+from benchmarks.siblings import Shape, config, tensor_shapes
 from benchmarks.timing import run as timed
 
 LLAMA_7B = Shape(layers=32, width=4096, inner=11_008, heads=32, kv_heads=32, vocab=32_000)
@@ -36,7 +36,7 @@ def make_base(folder: str, shape: Shape) -> str:
         _write_weights(os.path.join(path, "model.safetensors"), tensor_shapes(shape))
         _write_json(path, "tokenizer.json", _tokenizer())
         _write_json(path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
-        _write_json(path, "config.json", _config(shape))
+        _write_json(path, "config.json", config(shape, positions=4096))
     return path
 
 
@@ -71,23 +71,6 @@ def _tokenizer() -> dict[str, Any]:
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     found: dict[str, Any] = json.loads(made.to_str())
     return found
-
-
-def _config(shape: Shape) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.width,
-        "intermediate_size": shape.inner,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
 
 
 def _write_json(folder: str, name: str, value: Any) -> None:

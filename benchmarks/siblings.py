@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,24 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return {**found, "model.norm.weight": (shape.width,), "lm_head.weight": (shape.vocab, shape.width)}
 
 
+def config(shape: Shape, dtype: str = "bfloat16", positions: int = 2048) -> dict[str, Any]:
+    """The config.json of such a model, with room for so many positions."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }
+
+
 def make_siblings(folder: str, shape: Shape, count: int, dtype: str = "bfloat16") -> list[str]:
     """`count` model folders m0, m1, ... in `folder`; what is there already is kept. The first is the base."""
     paths = [os.path.join(folder, f"m{number}") for number in range(count)]
@@ -62,19 +81,5 @@ def _make(path: str, shape: Shape, number: int, dtype: str) -> None:
             base += torch.randn(sides, generator=torch.Generator().manual_seed(1_000_003 * number + index)) * 0.002
         tensors[name] = base.to(getattr(torch, dtype))
     save_file(tensors, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.width,
-        "intermediate_size": shape.inner,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-    }
     with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2)
+        json.dump(config(shape, dtype), file, indent=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from kittybuild.builders.base import Builders
 from kittybuild.builders.registry import BUILTIN
@@ -22,9 +21,6 @@ from kittybuild.planner.shortcut import stage_keys
 from kittybuild.planner.targets import targets
 from kittybuild.planner.views import fingerprints, locate, source_names
 from kittybuild.recipe.parse import parse_partly
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
